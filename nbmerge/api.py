@@ -1,0 +1,204 @@
+"""The composable functions. Each takes what the other returns, or a path."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from nbmerge.engine.events import Listener
+from nbmerge.errors import CheckpointError, ConfigError, InconsistentCheckpointError, OptionError
+from nbmerge.layout import Checkpoint
+from nbmerge.loaders import open_checkpoint_directory
+from nbmerge.loaders.base import OpenOptions, Overrides
+from nbmerge.naming.model import HFModel
+from nbmerge.options import MergeOptions, existing_path, parse_names, parse_shape
+from nbmerge.overrides import read_placements
+from nbmerge.plan import MergePlan
+from nbmerge.report import MergeReport
+
+PathLike = str | os.PathLike[str]
+
+
+def open_checkpoint(
+    path: PathLike,
+    backend: str = "auto",
+    *,
+    hf_model_config_path: PathLike | None = None,
+    trust_pickle: bool = False,
+    trust_remote_code: bool = False,
+    mesh_dim_names: str | tuple[str, ...] | None = None,
+    mesh_shape: str | tuple[int, ...] | None = None,
+    placements: PathLike | Mapping[str, Any] | None = None,
+    workers: int | None = None,
+    progress: bool | None = None,
+) -> Checkpoint:
+    """The index of a checkpoint: its tensors, and the chunks that they are stored in. Reads no tensor data.
+
+        ckpt = nbmerge.open_checkpoint("global_step_100/actor")
+        ckpt["model.embed_tokens.weight"].shape        # (151936, 3584)
+
+    backend: the loader, or `auto` to recognise it. hf_model_config_path: where config.json is, for a checkpoint
+    without huggingface/. mesh_dim_names, mesh_shape, placements: override what the files say about the layout.
+    progress: a progress bar; by default for work that takes more than a moment.
+
+    Raises NotACheckpointError, CheckpointError, UnsafePickleError.
+    """
+    overrides = Overrides(
+        mesh_dim_names=parse_names(mesh_dim_names) if mesh_dim_names else None,
+        mesh_shape=parse_shape(mesh_shape) if mesh_shape else None,
+        placements=read_placements(placements) if placements else {},
+    )
+    with _listener(progress) as listen:
+        options = OpenOptions(
+            config_dir=_config_dir(hf_model_config_path),
+            shapes=partial(_model_of, trust_remote_code=trust_remote_code),
+            overrides=overrides,
+            trust_pickle=trust_pickle,
+            workers=workers or min(8, 2 * (os.cpu_count() or 1)),
+            listener=listen,
+        )
+        return open_checkpoint_directory(Path(path).expanduser(), backend, options)
+
+
+def plan_merge(checkpoint: Checkpoint | PathLike, *, progress: bool | None = None, **options: Any) -> MergePlan:
+    """What a merge of the checkpoint would write. Writes nothing; problems are in `.problems`.
+
+        plan = nbmerge.plan_merge(ckpt, dtype="bfloat16")
+        plan.total_bytes
+
+    options: the keywords of `nbmerge.merge`. Raises what `open_checkpoint` raises, OptionError and ConfigError.
+    """
+    return _plan(checkpoint, _options(options), progress)
+
+
+def merge(
+    checkpoint: Checkpoint | MergePlan | PathLike,
+    target_dir: PathLike | None = None,
+    *,
+    backend: str = "auto",
+    hf_model_config_path: PathLike | None = None,
+    dtype: str | None = None,
+    max_shard_size: str | int = "5GB",
+    dialect: str = "hub",
+    workers: int | None = None,
+    overwrite: bool = False,
+    dry_run: bool = False,
+    digests: bool = False,
+    is_value_model: bool = False,
+    tie_word_embedding: bool = False,
+    trust_remote_code: bool = False,
+    trust_pickle: bool = False,
+    mesh_dim_names: str | tuple[str, ...] | None = None,
+    mesh_shape: str | tuple[int, ...] | None = None,
+    placements: PathLike | Mapping[str, Any] | None = None,
+    base_model: PathLike | None = None,
+    lora: str | None = None,
+    weights: str | None = None,
+    hf_upload_path: str | None = None,
+    private: bool = False,
+    use_cpu_initialization: bool = False,
+    progress: bool | None = None,
+) -> MergeReport:
+    """Merges a checkpoint into a Hugging Face directory, and proves that the directory is complete.
+
+        nbmerge.merge("global_step_100/actor", "merged")
+
+    checkpoint: a directory, an opened checkpoint, or a plan (whose options then hold, but for target_dir,
+    overwrite and dry_run). target_dir appears only when all is written and verified. The keywords are the flags
+    of the command line; `nbmerge.options.MergeOptions` describes each.
+
+    Raises NbmergeError: PlanError with all problems before anything is written, TargetError, SpaceError,
+    VerificationError, and what `open_checkpoint` raises.
+    """
+    given = dict(locals())
+    for name in ("checkpoint", "target_dir", "progress"):
+        del given[name]
+    if isinstance(checkpoint, MergePlan):
+        plan = checkpoint
+    else:
+        plan = _plan(checkpoint, _options(given), progress)
+    return carry_out(plan, target_dir, overwrite=overwrite, dry_run=dry_run, progress=progress)
+
+
+def carry_out(
+    plan: MergePlan,
+    target_dir: PathLike | None,
+    *,
+    overwrite: bool = False,
+    dry_run: bool = False,
+    progress: bool | None = None,
+) -> MergeReport:
+    """Writes a plan to `target_dir`, verifies it and publishes it. Raises as `merge` does."""
+    from nbmerge.engine.publish import check_target
+    from nbmerge.merging import write_and_publish
+
+    plan.raise_if_problems()
+    if dry_run or plan.options.dry_run:
+        if target_dir is not None:
+            check_target(plan, Path(target_dir), overwrite=overwrite or plan.options.overwrite)
+        return MergeReport(plan)
+    if target_dir is None:
+        raise OptionError("there is no target", fix="pass the directory to write: target_dir (--target_dir DIR)")
+    target = check_target(plan, Path(target_dir), overwrite=overwrite or plan.options.overwrite)
+    with _listener(progress) as listen:
+        return write_and_publish(plan, target, listen)
+
+
+def _plan(checkpoint: Checkpoint | PathLike, options: MergeOptions, progress: bool | None) -> MergePlan:
+    from nbmerge.planning import make_plan
+
+    if not isinstance(checkpoint, Checkpoint):
+        checkpoint = open_checkpoint(
+            checkpoint, options.backend, hf_model_config_path=options.hf_model_config_path,
+            trust_pickle=options.trust_pickle, trust_remote_code=options.trust_remote_code,
+            mesh_dim_names=options.mesh_dim_names, mesh_shape=options.mesh_shape, placements=options.placements,
+            workers=options.workers, progress=progress,
+        )  # fmt: skip
+    config_dir = _config_dir(options.hf_model_config_path) or checkpoint.config_dir
+    if config_dir is None:
+        raise ConfigError(
+            "the checkpoint has no huggingface/config.json", where=str(checkpoint.path),
+            why="the config decides the class, the names and the shapes of the result",
+            fix="pass the directory of the model's config and tokenizer: --hf_model_config_path DIR",
+        )  # fmt: skip
+    model = HFModel(
+        config_dir,
+        trust_remote_code=options.trust_remote_code,
+        is_value_model=options.is_value_model,
+        tie_word_embedding=options.tie_word_embedding or None,
+    )
+    return make_plan(checkpoint, model, options)
+
+
+def _options(given: Mapping[str, Any]) -> MergeOptions:
+    """The options dataclass, with paths and numbers as the text that the command line has."""
+    as_text = {"hf_model_config_path", "max_shard_size", "base_model", "placements"}
+    values = {
+        name: str(value) if name in as_text and value is not None and not isinstance(value, Mapping) else value
+        for name, value in given.items()
+    }
+    unknown = values.keys() - MergeOptions.__dataclass_fields__.keys()
+    if unknown:
+        raise OptionError(f"no option is named {', '.join(sorted(unknown))}", fix="see help(nbmerge.merge)")
+    return MergeOptions(**values)
+
+
+def _config_dir(path: PathLike | None) -> Path | None:
+    return existing_path(os.fspath(path)) if path is not None else None
+
+
+def _model_of(config_dir: Path | None, *, trust_remote_code: bool) -> HFModel | None:
+    return HFModel(config_dir, trust_remote_code=trust_remote_code) if config_dir is not None else None
+
+
+@contextmanager
+def _listener(progress: bool | None) -> Iterator[Listener]:
+    from nbmerge.display.progress import listener
+
+    with listener(progress) as listen:
+        yield listen

@@ -1,0 +1,1 @@
+"""Views: what objects show of themselves, as plain data, and its renderers to text and HTML."""

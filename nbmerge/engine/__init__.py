@@ -1,0 +1,1 @@
+"""Carries a plan out: byte copies where nothing changes, a block at a time where something does."""

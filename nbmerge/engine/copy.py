@@ -1,0 +1,170 @@
+"""Moves bytes: from file to file inside the kernel where they can go straight, through one buffer elsewhere."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from nbmerge.engine.lower import Piece, blocks, pieces
+from nbmerge.engine.read import fill, words
+from nbmerge.engine.sources import LocalFiles, ends_early
+from nbmerge.expressions import Expr, Stored
+from nbmerge.geometry import Box, Shape, contiguous_strides, ravel
+
+_UNIT = 32 * 2**20  # bytes of one job: large enough that its call costs nothing, small enough to stop soon
+_RUNS_PER_JOB = 256
+# copy_file_range refuses across file systems and on some of them; then bytes go through user space.
+_NO_KERNEL_COPY = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF, errno.EPERM}
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Bytes that go as they are: `length` bytes from `source_offset` of a file to `offset` of the output."""
+
+    file: str
+    source_offset: int
+    offset: int
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
+class Runs:
+    """A job of copies."""
+
+    runs: tuple[Run, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the job writes."""
+        return sum(run.length for run in self.runs)
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """A job that puts a block of a tensor together in memory and writes it at `offset` of the output."""
+
+    region: Box
+    parts: tuple[Piece, ...]
+    expr: Expr
+    offset: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the job writes."""
+        return self.region.numel * self.expr.dtype.itemsize
+
+
+Job = Runs | Block
+
+
+def jobs_of(expr: Expr, offset: int, buffer_bytes: int) -> Iterator[Job]:
+    """The jobs that write a tensor at `offset` of the output file."""
+    parts = pieces(expr)
+    runs: list[Run] = []
+    for piece in parts:
+        run = _run(piece, expr.shape, expr.dtype.itemsize, offset)
+        if run is None:
+            yield from _blocks(expr, parts, offset, buffer_bytes)
+            return
+        runs.append(run)
+    for run in runs:
+        for start in range(0, run.length, _UNIT):
+            length = min(_UNIT, run.length - start)
+            yield Runs((Run(run.file, run.source_offset + start, run.offset + start, length),))
+
+
+def _run(piece: Piece, shape: Shape, itemsize: int, offset: int) -> Run | None:
+    """The piece as one run, or None where it is not contiguous in the source and in the output."""
+    leaf = piece.leaf
+    if not isinstance(leaf, Stored) or not leaf.is_contiguous or not _is_contiguous_in(shape, piece.box):
+        return None
+    return Run(leaf.file, leaf.offset, offset + ravel(piece.box.offset, shape) * itemsize, leaf.nbytes)
+
+
+def _is_contiguous_in(shape: Shape, box: Box) -> bool:
+    """Whether the box is one run of the flattened tensor."""
+    seen_cut = False
+    for size, length in zip(reversed(shape), reversed(box.shape), strict=True):
+        if seen_cut and length != 1:
+            return False
+        seen_cut = seen_cut or length != size
+    return True
+
+
+def _blocks(expr: Expr, parts: list[Piece], offset: int, buffer_bytes: int) -> Iterator[Job]:
+    itemsize = expr.dtype.itemsize
+    strides = contiguous_strides(expr.shape)
+    for region in blocks(expr.shape, itemsize, buffer_bytes):
+        start = sum(a * s for a, s in zip(region.offset, strides, strict=True)) * itemsize
+        inside = tuple(piece for piece in parts if piece.box.intersect(region) is not None)
+        yield Block(region, inside, expr, offset + start)
+
+
+def batched(jobs: Iterator[Job]) -> Iterator[Job]:
+    """The same jobs, small copies put together so that a job is worth its call."""
+    waiting: list[Run] = []
+    size = 0
+    for job in jobs:
+        if isinstance(job, Block):
+            yield job
+            continue
+        waiting += job.runs
+        size += job.nbytes
+        if size >= _UNIT or len(waiting) >= _RUNS_PER_JOB:
+            yield Runs(tuple(waiting))
+            waiting, size = [], 0
+    if waiting:
+        yield Runs(tuple(waiting))
+
+
+def carry_out(job: Job, target: int, sources: LocalFiles) -> None:
+    """Does one job on the open output file. Raises OSError where the disk refuses."""
+    if isinstance(job, Runs):
+        for run in job.runs:
+            with sources.descriptor(run.file) as source:
+                copy_run(source, target, run)
+        return
+    buffer = words(job.region.shape, job.expr.dtype)
+    fill(buffer, job.region, job.parts, sources)
+    write_all(target, memoryview(buffer.reshape(-1).view(np.uint8)), job.offset)
+
+
+def copy_run(source: int, target: int, run: Run) -> None:
+    """Copies one run between open files. Raises CorruptFileError where the source ends before it."""
+    done = 0
+    while done < run.length:
+        try:
+            count = os.copy_file_range(
+                source, target, run.length - done, run.source_offset + done, run.offset + done
+            )
+        except OSError as error:
+            if error.errno not in _NO_KERNEL_COPY:
+                raise
+            _copy_through_memory(source, target, run, done)
+            return
+        if count == 0:
+            # Some file systems answer 0 instead of an error; a real end shows in the read.
+            _copy_through_memory(source, target, run, done)
+            return
+        done += count
+
+
+def _copy_through_memory(source: int, target: int, run: Run, done: int, unit: int = 4 * 2**20) -> None:
+    buffer = memoryview(bytearray(min(unit, run.length - done)))
+    while done < run.length:
+        count = os.preadv(source, [buffer[: run.length - done]], run.source_offset + done)
+        if count == 0:
+            raise ends_early(run.file, run.source_offset + run.length)
+        write_all(target, buffer[:count], run.offset + done)
+        done += count
+
+
+def write_all(target: int, data: memoryview, offset: int) -> None:
+    """Writes all of the data at `offset`."""
+    done = 0
+    while done < len(data):
+        done += os.pwrite(target, data[done:], offset + done)

@@ -1,0 +1,195 @@
+"""Writes the files of a plan into a directory, with threads, and reuses those that an earlier run finished."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from nbmerge.engine import copy
+from nbmerge.engine.events import Advanced, Ended, FileDone, Listener, Started, silent
+from nbmerge.engine.lower import blocks
+from nbmerge.engine.read import read
+from nbmerge.engine.sources import LocalFiles
+from nbmerge.errors import InconsistentCheckpointError, Problem, summarise
+from nbmerge.expressions import Stored
+from nbmerge.plan import Equality, MergePlan, OutputFile
+
+PART = ".part"
+_PENDING_PER_WORKER = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What the engine did: seconds, bytes written, names of the files that an earlier run had written."""
+
+    seconds: float
+    written_bytes: int
+    reused: tuple[str, ...]
+
+
+class Pool:
+    """Runs jobs on threads with a bounded queue; the first failure, or an interrupt, stops the rest."""
+
+    def __init__(self, workers: int) -> None:
+        self._pool = ThreadPoolExecutor(workers, thread_name_prefix="nbmerge")
+        self._limit = workers * _PENDING_PER_WORKER
+        self._pending: set[Future[None]] = set()
+        self._stopped = threading.Event()
+
+    def submit(self, work: Callable[[], None]) -> None:
+        """Queues a job; waits while the queue is full. Raises what an earlier job raised."""
+        while len(self._pending) >= self._limit:
+            self._collect()
+        self._pending.add(self._pool.submit(self._unless_stopped, work))
+
+    def drain(self) -> None:
+        """Waits for all jobs. Raises what the first failed one raised."""
+        while self._pending:
+            self._collect()
+
+    def _collect(self) -> None:
+        done, self._pending = wait(self._pending, return_when=FIRST_COMPLETED)
+        for future in done:
+            try:
+                future.result()
+            except BaseException:
+                # Whoever waits for the jobs closes their file next, so none may still be running.
+                self._stopped.set()
+                wait(self._pending)
+                self._pending = set()
+                raise
+
+    def _unless_stopped(self, work: Callable[[], None]) -> None:
+        if not self._stopped.is_set():
+            work()
+
+    def __enter__(self) -> Pool:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stopped.set()
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+
+def write_files(plan: MergePlan, directory: Path, listener: Listener = silent) -> Outcome:
+    """Writes the plan's safetensors files into the directory and compares what the plan says must be equal.
+
+    A file that is there whole is reused. Raises OSError, CorruptFileError or InconsistentCheckpointError; files
+    that were finished before stay, unfinished ones are removed.
+    """
+    start = time.perf_counter()
+    total = plan.data_bytes + sum(equality.nbytes for equality in plan.equalities)
+    listener(Started("writing", total))
+    reused: list[str] = []
+    written = 0
+    with LocalFiles() as sources, Pool(plan.execution.workers) as pool:
+        for file in plan.files:
+            path = directory / file.name
+            if _is_whole(path, file):
+                reused.append(file.name)
+                listener(Advanced(file.data_bytes))
+                listener(FileDone(file.name, file.size, True))
+                continue
+            _write_file(file, path, plan.execution.buffer_bytes, sources, pool, listener)
+            written += file.size
+        compare(plan.equalities, plan.execution.buffer_bytes, sources, pool, listener)
+    listener(Ended("writing"))
+    return Outcome(time.perf_counter() - start, written, tuple(reused))
+
+
+def _is_whole(path: Path, file: OutputFile) -> bool:
+    """Whether an earlier run of the same plan finished the file: only then has it its final name."""
+    return path.is_file() and path.stat().st_size == file.size
+
+
+def _write_file(
+    file: OutputFile, path: Path, buffer_bytes: int, sources: LocalFiles, pool: Pool, listener: Listener
+) -> None:
+    part = path.with_name(path.name + PART)
+    try:
+        with _created(part, file.size) as target:
+            copy.write_all(target, memoryview(file.header), 0)
+            try:
+                for job in copy.batched(_jobs(file, buffer_bytes)):
+                    pool.submit(_task(job, target, sources, listener))
+            finally:
+                pool.drain()
+            os.fsync(target)
+        part.rename(path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+    listener(FileDone(file.name, file.size, False))
+
+
+@contextmanager
+def _created(path: Path, size: int) -> Iterator[int]:
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | getattr(os, "O_CLOEXEC", 0), 0o666)
+    try:
+        os.ftruncate(fd, size)
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def _jobs(file: OutputFile, buffer_bytes: int) -> Iterator[copy.Job]:
+    for tensor in file.tensors:
+        yield from copy.jobs_of(tensor.expr, len(file.header) + tensor.offset, buffer_bytes)
+
+
+def _task(job: copy.Job, target: int, sources: LocalFiles, listener: Listener) -> Callable[[], None]:
+    def work() -> None:
+        copy.carry_out(job, target, sources)
+        listener(Advanced(job.nbytes))
+
+    return work
+
+
+def compare(
+    equalities: Iterable[Equality], buffer_bytes: int, sources: LocalFiles, pool: Pool, listener: Listener = silent
+) -> None:
+    """Compares pairs of tensors block by block. Raises InconsistentCheckpointError that lists all that differ."""
+    problems: list[Problem] = []
+
+    def task(equality: Equality) -> Callable[[], None]:
+        def work() -> None:
+            if problem := difference(equality, buffer_bytes, sources):
+                problems.append(problem)
+            listener(Advanced(equality.nbytes))
+
+        return work
+
+    for equality in equalities:
+        pool.submit(task(equality))
+    pool.drain()
+    if problems:
+        raise InconsistentCheckpointError(
+            "\n".join([f"{len(problems)} tensors that must be equal are not", *summarise(problems)])
+        )
+
+
+def difference(equality: Equality, buffer_bytes: int, sources: LocalFiles) -> Problem | None:
+    """The first element in which the two tensors differ, as a problem; None where they are equal."""
+    for region in blocks(equality.a.shape, equality.a.dtype.itemsize, buffer_bytes):
+        a, b = read(equality.a, region, sources), read(equality.b, region, sources)
+        unequal = a != b
+        if unequal.any():
+            index = tuple(int(i[0]) + o for i, o in zip(np.nonzero(unequal), region.offset, strict=True))
+            files = [expr.file for expr in (equality.a, equality.b) if isinstance(expr, Stored)]
+            return Problem(
+                f"{equality.name} differs at {list(index)}",
+                where=" and ".join(dict.fromkeys(files)),
+                why=equality.what,
+                fix="copy all ranks' files again from one step; if training really left them different, "
+                "choose one with --placements, or untie the embeddings in config.json",
+                kind="contradiction",
+            )
+    return None

@@ -1,0 +1,118 @@
+"""The safetensors format: headers to write, headers to read, and how tensors are dealt to files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from nbmerge.dtypes import BY_CODE, DType
+from nbmerge.errors import CorruptFileError
+from nbmerge.expressions import Expr
+from nbmerge.geometry import Shape
+from nbmerge.plan import OutputFile, OutputTensor
+
+_MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library
+
+
+def deal(outputs: Mapping[str, Expr], max_shard_size: int, stem: str = "model") -> tuple[OutputFile, ...]:
+    """The outputs in files of at most `max_shard_size` bytes of tensors, filled in order.
+
+    A tensor that is larger has a file of its own. The rule of huggingface_hub's
+    `split_state_dict_into_shards_factory`.
+    """
+    shards: list[dict[str, Expr]] = []
+    current: dict[str, Expr] = {}
+    size = 0
+    for name, expr in outputs.items():
+        if expr.nbytes > max_shard_size:
+            shards.append({name: expr})
+            continue
+        if size + expr.nbytes > max_shard_size:
+            shards.append(current)
+            current, size = {}, 0
+        current[name] = expr
+        size += expr.nbytes
+    if current or not shards:
+        shards.append(current)
+    if len(shards) == 1:
+        return (lay_out(f"{stem}.safetensors", shards[0]),)
+    return tuple(
+        lay_out(f"{stem}-{number:05d}-of-{len(shards):05d}.safetensors", shard)
+        for number, shard in enumerate(shards, 1)
+    )
+
+
+def lay_out(name: str, outputs: Mapping[str, Expr]) -> OutputFile:
+    """A file of these tensors, widest dtype first and then by name, as the safetensors library orders them.
+
+    That keeps every tensor aligned to its own element size.
+    """
+    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    tensors: list[OutputTensor] = []
+    at = 0
+    for tensor, expr in sorted(outputs.items(), key=lambda item: (-item[1].dtype.itemsize, item[0])):
+        stop = at + expr.nbytes
+        entries[tensor] = {"dtype": expr.dtype.code, "shape": list(expr.shape), "data_offsets": [at, stop]}
+        tensors.append(OutputTensor(tensor, expr, at))
+        at = stop
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return OutputFile(name, len(text).to_bytes(8, "little") + text, tuple(tensors))
+
+
+def index_json(files: tuple[OutputFile, ...]) -> bytes:
+    """The content of model.safetensors.index.json."""
+    weight_map = {tensor.name: file.name for file in files for tensor in file.tensors}
+    total = sum(file.data_bytes for file in files)
+    count = sum(tensor.expr.numel for file in files for tensor in file.tensors)
+    metadata = {"total_parameters": count, "total_size": total}
+    content = {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
+    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A tensor of a safetensors file: offset of its first byte in the file, in bytes."""
+
+    name: str
+    dtype: DType
+    shape: Shape
+    offset: int
+    nbytes: int
+
+
+def read_header(path: Path) -> dict[str, Entry]:
+    """The tensors of a safetensors file, by name. Raises CorruptFileError where header and file don't agree."""
+    size = path.stat().st_size
+    try:
+        with path.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            if length > min(size - 8, _MAX_HEADER):
+                raise ValueError(f"a header of {length:,} bytes in a file of {size:,}")
+            content = json.loads(stream.read(length))
+            entries = dict(_entries(content, 8 + length))
+    except (ValueError, KeyError, TypeError) as error:
+        raise CorruptFileError(
+            f"the safetensors header cannot be read: {error}", where=str(path),
+            fix="merge again; if it was downloaded, download it again",
+        ) from error  # fmt: skip
+    end = max((entry.offset + entry.nbytes for entry in entries.values()), default=8 + length)
+    if end != size:
+        raise CorruptFileError(
+            f"the file has {size:,} bytes, its header describes {end:,}", where=str(path),
+            why="it is cut short, or has bytes that belong to no tensor", fix="merge again",
+        )  # fmt: skip
+    return entries
+
+
+def _entries(content: Mapping[str, Mapping[str, object]], start: int) -> Iterator[tuple[str, Entry]]:
+    for name, entry in content.items():
+        if name == "__metadata__":
+            continue
+        offsets, shape = entry["data_offsets"], entry["shape"]
+        if not isinstance(offsets, list) or not isinstance(shape, list):
+            raise TypeError(f"the entry of {name!r} has no offsets or no shape")
+        dtype = BY_CODE[str(entry["dtype"])]
+        yield name, Entry(name, dtype, tuple(shape), start + offsets[0], offsets[1] - offsets[0])

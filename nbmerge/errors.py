@@ -1,0 +1,157 @@
+"""What can go wrong, as exceptions. Each says what, where, why and the fix, in that order.
+
+Each class also subclasses the builtin that a caller would expect.
+
+NbmergeError
+├── OptionError (ValueError)                  an option's value, or two options that exclude each other
+├── NotACheckpointError (FileNotFoundError)   no such directory, or nothing in it that a loader knows
+├── CheckpointError (ValueError)              a checkpoint that cannot be read as it is
+│   ├── IncompleteCheckpointError             files or parts of tensors are missing
+│   ├── CorruptFileError                      a file is cut short or damaged
+│   ├── InconsistentCheckpointError           ranks contradict each other
+│   ├── AmbiguousCheckpointError              the evidence does not decide
+│   └── UnsupportedCheckpointError            a layout that carries too little, or that this version does not read
+├── UnsafePickleError (pickle.UnpicklingError)  a pickle names something outside the allow-list
+├── ConfigError (ValueError)                  the model's config.json is missing or makes no model
+├── PlanError (ValueError)                    the plan has problems; all are listed
+├── TargetError (FileExistsError)             the target cannot be written, or must not be overwritten
+├── SpaceError (OSError)                      the disk is too small, or became full
+└── VerificationError (ValueError)            what was written is not what was planned
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong. Checks collect these, so that a report lists all of them.
+
+    what: the fact, with its numbers; where: tensor, rank, file; why: the cause, where it is known;
+    fix: what the user can do; kind: `missing`, `contradiction`, `ambiguous`, `unsupported` or `` (other).
+    """
+
+    what: str
+    where: str = ""
+    why: str = ""
+    fix: str = ""
+    kind: str = ""
+
+    def lines(self) -> list[str]:
+        """The problem as text, a line for each part that is known."""
+        parts = [self.what]
+        if self.where:
+            parts.append(f"  where: {self.where}")
+        if self.why:
+            parts.append(f"  why:   {self.why}")
+        if self.fix:
+            parts.append(f"  fix:   {self.fix}")
+        return parts
+
+
+class NbmergeError(Exception):
+    """Root of the tree. `what` is the first line; `where`, `why` and `fix` follow it."""
+
+    def __init__(self, what: str, *, where: str = "", why: str = "", fix: str = "") -> None:
+        self.problem = Problem(what, where, why, fix)
+        super().__init__("\n".join(self.problem.lines()))
+
+    def __str__(self) -> str:  # FileNotFoundError and OSError would show their errno form
+        return str(self.args[0])
+
+
+class OptionError(NbmergeError, ValueError):
+    """An option's value is wrong, or two options exclude each other."""
+
+
+class NotACheckpointError(NbmergeError, FileNotFoundError):
+    """There is no such directory, or nothing in it that a loader recognises."""
+
+
+class CheckpointError(NbmergeError, ValueError):
+    """A checkpoint that cannot be read as it is."""
+
+
+class IncompleteCheckpointError(CheckpointError):
+    """Files, or parts of tensors, are missing."""
+
+
+class CorruptFileError(CheckpointError):
+    """A file is cut short or damaged."""
+
+
+class InconsistentCheckpointError(CheckpointError):
+    """Two ranks contradict each other."""
+
+
+class AmbiguousCheckpointError(CheckpointError):
+    """The evidence in the files does not decide what they mean."""
+
+
+class UnsupportedCheckpointError(CheckpointError):
+    """The layout carries too little to be merged, or this version does not read it."""
+
+
+class UnsafePickleError(NbmergeError, pickle.UnpicklingError):
+    """A pickle names something outside the allow-list; nothing of it was run."""
+
+
+class ConfigError(NbmergeError, ValueError):
+    """config.json is missing, or no model can be made from it."""
+
+
+class TargetError(NbmergeError, FileExistsError):
+    """The target directory cannot be written, or must not be overwritten."""
+
+
+class SpaceError(NbmergeError, OSError):
+    """The disk is too small for the result, or became full."""
+
+
+class VerificationError(NbmergeError, ValueError):
+    """What was written is not what was planned; the target was not published."""
+
+
+class PlanError(NbmergeError, ValueError):
+    """A plan has problems. `problems` holds all of them; the message lists the first of each kind."""
+
+    def __init__(self, problems: Sequence[Problem], *, title: str = "") -> None:
+        self.problems = tuple(problems)
+        title = title or f"the merge cannot be planned: {plural(len(self.problems), 'problem')}"
+        NbmergeError.__init__(self, "\n".join([title, *summarise(self.problems)]))
+
+
+def plural(count: int, noun: str) -> str:
+    """`1 problem`, `3 problems`."""
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+
+
+def listing(names: Iterable[object], *, shown: int = 3) -> str:
+    """`a, b, c and 4 more`: a list of names that stays short."""
+    every = [str(name) for name in names]
+    head = ", ".join(every[:shown])
+    return head if len(every) <= shown else f"{head} and {len(every) - shown:,} more"
+
+
+def summarise(problems: Sequence[Problem], *, shown: int = 3) -> list[str]:
+    """The lines of the first problems of each kind, and how many more there are of it.
+
+    Two problems are of one kind when they have the same cause and fix.
+    """
+    kinds: dict[tuple[str, str], list[Problem]] = {}
+    for problem in problems:
+        kinds.setdefault((problem.why, problem.fix), []).append(problem)
+    lines: list[str] = []
+    for (why, fix), members in kinds.items():
+        for problem in members[:shown]:
+            lines.append(f"- {problem.what}" + (f" ({problem.where})" if problem.where else ""))
+        if len(members) > shown:
+            lines.append(f"- … and {len(members) - shown:,} more like these")
+        if why:
+            lines.append(f"  why: {why}")
+        if fix:
+            lines.append(f"  fix: {fix}")
+    return lines

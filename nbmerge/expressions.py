@@ -1,0 +1,326 @@
+"""An output tensor as a small expression over stored bytes. Pure description: nothing here reads a file.
+
+Stored    bytes in a file                        Cast     another dtype
+Fill      a constant                             Compute  an operation, with the axis it can be cut along
+Input     a tensor that a naming rule will be given
+Slice, Permute, Reshape   views of another node  Paste    boxes put together
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from nbmerge.dtypes import DType
+from nbmerge.geometry import Box, Shape, contiguous_strides
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Expr(ABC):
+    """A tensor as it can be made. Every node knows its shape and dtype and holds no data."""
+
+    __slots__ = ()
+
+    @property
+    @abstractmethod
+    def shape(self) -> Shape: ...
+
+    @property
+    @abstractmethod
+    def dtype(self) -> DType: ...
+
+    @property
+    def sources(self) -> tuple[Expr, ...]:
+        """The nodes that this one is made of."""
+        return ()
+
+    @property
+    def numel(self) -> int:
+        """Elements."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensor, once made."""
+        return self.numel * self.dtype.itemsize
+
+    def with_sources(self, sources: Sequence[Expr]) -> Expr:
+        """The same node over other sources."""
+        if sources:
+            raise ValueError(f"{type(self).__name__} has no sources")
+        return self
+
+
+@dataclass(frozen=True, slots=True)
+class Stored(Expr):
+    """Bytes in a file. offset in bytes, strides in elements; a stride of 0 repeats."""
+
+    file: str
+    offset: int
+    _shape: Shape
+    strides: Shape
+    _dtype: DType
+
+    @property
+    def shape(self) -> Shape:
+        return self._shape
+
+    @property
+    def dtype(self) -> DType:
+        return self._dtype
+
+    @property
+    def is_contiguous(self) -> bool:
+        """Whether the elements lie in the file row by row without gaps."""
+        return all(
+            size == 1 or stride == want
+            for size, stride, want in zip(
+                self._shape, self.strides, contiguous_strides(self._shape), strict=True
+            )
+        )
+
+    def region(self, box: Box) -> Stored:
+        """The part of it that the box holds."""
+        skipped = sum(start * stride for start, stride in zip(box.offset, self.strides, strict=True))
+        return replace(self, offset=self.offset + skipped * self._dtype.itemsize, _shape=box.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class Fill(Expr):
+    """One value everywhere, for a tensor that no source holds."""
+
+    value: float
+    _shape: Shape
+    _dtype: DType
+
+    @property
+    def shape(self) -> Shape:
+        return self._shape
+
+    @property
+    def dtype(self) -> DType:
+        return self._dtype
+
+
+@dataclass(frozen=True, slots=True)
+class Input(Expr):
+    """The tensor that a naming rule calls `name`; `substitute` puts a real one in its place."""
+
+    name: str
+    _shape: Shape
+    _dtype: DType
+
+    @property
+    def shape(self) -> Shape:
+        return self._shape
+
+    @property
+    def dtype(self) -> DType:
+        return self._dtype
+
+
+@dataclass(frozen=True, slots=True)
+class _Unary(Expr):
+    source: Expr
+
+    @property
+    def dtype(self) -> DType:
+        return self.source.dtype
+
+    @property
+    def sources(self) -> tuple[Expr, ...]:
+        return (self.source,)
+
+    def with_sources(self, sources: Sequence[Expr]) -> Expr:
+        (source,) = sources
+        return replace(self, source=source)
+
+
+@dataclass(frozen=True, slots=True)
+class Slice(_Unary):
+    """A box of another node."""
+
+    box: Box
+
+    @property
+    def shape(self) -> Shape:
+        return self.box.shape
+
+
+@dataclass(frozen=True, slots=True)
+class Permute(_Unary):
+    """Another node with its dimensions in another order: dimension i is dimension dims[i] of the source."""
+
+    dims: Shape
+
+    @property
+    def shape(self) -> Shape:
+        return tuple(self.source.shape[dim] for dim in self.dims)
+
+
+@dataclass(frozen=True, slots=True)
+class Reshape(_Unary):
+    """The elements of another node, in row-major order, in another shape."""
+
+    _shape: Shape
+
+    @property
+    def shape(self) -> Shape:
+        return self._shape
+
+
+@dataclass(frozen=True, slots=True)
+class Paste(Expr):
+    """Boxes put together: each part lies at its offset, and the parts tile the shape."""
+
+    _shape: Shape
+    _dtype: DType
+    parts: tuple[tuple[Shape, Expr], ...]
+
+    @property
+    def shape(self) -> Shape:
+        return self._shape
+
+    @property
+    def dtype(self) -> DType:
+        return self.parts[0][1].dtype if self.parts else self._dtype
+
+    @property
+    def sources(self) -> tuple[Expr, ...]:
+        return tuple(part for _, part in self.parts)
+
+    def with_sources(self, sources: Sequence[Expr]) -> Expr:
+        offsets = (offset for offset, _ in self.parts)
+        return replace(self, parts=tuple(zip(offsets, sources, strict=True)))
+
+
+@dataclass(frozen=True, slots=True)
+class Cast(_Unary):
+    """Another dtype. Floating values round to the nearest, ties to even, as torch's `Tensor.to` does."""
+
+    to: DType
+
+    @property
+    def shape(self) -> Shape:
+        return self.source.shape
+
+    @property
+    def dtype(self) -> DType:
+        return self.to
+
+
+@dataclass(frozen=True, slots=True)
+class Compute(Expr):
+    """An operation on whole tensors: `function` takes the inputs as torch tensors and returns the output.
+
+    axis: the dimension of the output, and of every input, along which it can be done in blocks;
+    None when it must see whole tensors, whose size the plan then counts as memory.
+    """
+
+    name: str
+    function: Callable[..., torch.Tensor]
+    inputs: tuple[Expr, ...]
+    _shape: Shape
+    _dtype: DType
+    axis: int | None = None
+
+    @property
+    def shape(self) -> Shape:
+        return self._shape
+
+    @property
+    def dtype(self) -> DType:
+        return self._dtype
+
+    @property
+    def sources(self) -> tuple[Expr, ...]:
+        return self.inputs
+
+    def with_sources(self, sources: Sequence[Expr]) -> Expr:
+        return replace(self, inputs=tuple(sources))
+
+
+def slice_of(expr: Expr, box: Box) -> Expr:
+    """A box of a tensor; the tensor itself where the box is all of it."""
+    if box == Box.whole(expr.shape):
+        return expr
+    if isinstance(expr, Slice):
+        return Slice(expr.source, box.shift(expr.box.offset))
+    return Slice(expr, box)
+
+
+def narrow(expr: Expr, dim: int, start: int, length: int) -> Expr:
+    """Rows `start` to `start + length` of dimension `dim`."""
+    whole = Box.whole(expr.shape)
+    offset, shape = list(whole.offset), list(whole.shape)
+    offset[dim], shape[dim] = start, length
+    return slice_of(expr, Box(tuple(offset), tuple(shape)))
+
+
+def reshape(expr: Expr, shape: Shape) -> Expr:
+    """The same elements in another shape. Raises ValueError where the sizes differ."""
+    if math.prod(shape) != expr.numel:
+        raise ValueError(f"{list(expr.shape)} cannot be reshaped to {list(shape)}")
+    if shape == expr.shape:
+        return expr
+    return Reshape(expr.source, shape) if isinstance(expr, Reshape) else Reshape(expr, shape)
+
+
+def permute(expr: Expr, dims: Shape) -> Expr:
+    """Dimensions in another order: dimension i of the result is dimension dims[i]."""
+    if dims == tuple(range(len(dims))):
+        return expr
+    return Permute(expr, dims)
+
+
+def select(expr: Expr, dim: int, index: int) -> Expr:
+    """One row of dimension `dim`, without that dimension."""
+    row = narrow(expr, dim, index, 1)
+    return reshape(row, row.shape[:dim] + row.shape[dim + 1 :])
+
+
+def cat(parts: Sequence[Expr], dim: int) -> Expr:
+    """Tensors one after the other along `dim`. All other dimensions are the same."""
+    first = parts[0]
+    if len(parts) == 1:
+        return first
+    placed: list[tuple[Shape, Expr]] = []
+    at = 0
+    for part in parts:
+        placed.append((tuple(at if d == dim else 0 for d in range(len(first.shape))), part))
+        at += part.shape[dim]
+    shape = tuple(at if d == dim else size for d, size in enumerate(first.shape))
+    return Paste(shape, first.dtype, tuple(placed))
+
+
+def walk(expr: Expr) -> Iterator[Expr]:
+    """The node and all below it, each as often as it is used."""
+    yield expr
+    for source in expr.sources:
+        yield from walk(source)
+
+
+def substitute(expr: Expr, inputs: Mapping[str, Expr]) -> Expr:
+    """The expression with every Input that `inputs` names replaced by that tensor."""
+    if isinstance(expr, Input):
+        return inputs.get(expr.name, expr)
+    old = expr.sources
+    if not old:
+        return expr
+    new = tuple(substitute(source, inputs) for source in old)
+    return expr if all(a is b for a, b in zip(old, new, strict=True)) else expr.with_sources(new)
+
+
+def input_names(expr: Expr) -> list[str]:
+    """The names of the Inputs below the node, each once, in order."""
+    return list(dict.fromkeys(node.name for node in walk(expr) if isinstance(node, Input)))
+
+
+def is_copy(expr: Expr) -> bool:
+    """Whether the tensor's bytes are all copied or constant: no cast and no computation in it."""
+    return not any(isinstance(node, (Cast, Compute, Input)) for node in walk(expr))

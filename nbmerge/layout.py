@@ -1,0 +1,152 @@
+"""The index of a checkpoint: which tensors it holds, and the chunks that each is stored in."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from nbmerge import expressions as ex
+from nbmerge.dtypes import DType
+from nbmerge.errors import Problem
+from nbmerge.expressions import Expr, Stored
+from nbmerge.geometry import Box, Shape
+from nbmerge.shown import Displayed
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """One stored piece of a tensor: its box in the global shape, where its bytes are, and whose they are.
+
+    replicas: the same box as other ranks stored it, with their ranks.
+    """
+
+    box: Box
+    stored: Stored
+    rank: int
+    replicas: tuple[tuple[int, Stored], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class MeshAxis:
+    """A dimension of the device mesh that a tensor lies on: its name, its size, and how it cuts the tensor."""
+
+    name: str
+    size: int
+    placement: str
+
+    def __str__(self) -> str:
+        return f"{self.name}={self.size}: {self.placement}"
+
+
+@dataclass(frozen=True, repr=False)
+class LazyTensor(Displayed):
+    """A tensor of a checkpoint: name, global shape, dtype, and the expression that makes it. Holds no data."""
+
+    name: str
+    expr: Expr
+    chunks: tuple[Chunk, ...] = ()
+    mesh: tuple[MeshAxis, ...] = ()
+
+    @property
+    def shape(self) -> Shape:
+        """Global shape."""
+        return self.expr.shape
+
+    @property
+    def dtype(self) -> DType:
+        """Element type as stored."""
+        return self.expr.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the whole tensor."""
+        return self.expr.nbytes
+
+    @property
+    def numel(self) -> int:
+        """Elements of the whole tensor."""
+        return self.expr.numel
+
+    @property
+    def placement(self) -> str:
+        """How it lies on the ranks, in words: `Shard(0)×4`, `Replicate×4`, `whole`."""
+        if not self.mesh:
+            return "whole"
+        return " · ".join(f"{axis.placement}×{axis.size}" for axis in self.mesh)
+
+    def slice(self, box: Box) -> LazyTensor:
+        """A box of it, as a new lazy tensor."""
+        return LazyTensor(f"{self.name}{box}", ex.slice_of(self.expr, box))
+
+    def select(self, dim: int, index: int) -> LazyTensor:
+        """Row `index` of dimension `dim`, without that dimension, as a new lazy tensor."""
+        return LazyTensor(f"{self.name}.select({dim}, {index})", ex.select(self.expr, dim, index))
+
+    def reshape(self, *shape: int) -> LazyTensor:
+        """The same elements in another shape, as a new lazy tensor."""
+        return LazyTensor(self.name, ex.reshape(self.expr, shape))
+
+    def cat(self, *others: LazyTensor, dim: int = 0) -> LazyTensor:
+        """This tensor and the others, one after the other along `dim`, as a new lazy tensor."""
+        parts = [self.expr, *(other.expr for other in others)]
+        return LazyTensor(self.name, ex.cat(parts, dim))
+
+
+@dataclass(frozen=True, slots=True)
+class SourceFile:
+    """A file of the checkpoint: path, size in bytes, time of its last change in ns, and what it is.
+
+    role: `weights`, `optimizer`, `extra state`, `config` or `other`.
+    """
+
+    path: Path
+    size: int
+    mtime_ns: int
+    role: str
+
+    @staticmethod
+    def of(path: Path, role: str) -> SourceFile:
+        """The file as it is now."""
+        stat = path.stat()
+        return SourceFile(path, stat.st_size, stat.st_mtime_ns, role)
+
+
+@dataclass(frozen=True, repr=False)
+class Checkpoint(Displayed):
+    """The index of a checkpoint. Made by a loader from headers and pickles; reads no tensor data.
+
+    path: the directory; backend: the loader's name; layout: what was recognised, in words;
+    tensors: by the names that the framework gave them; world_size: ranks that wrote it;
+    mesh: the device mesh that most tensors lie on; config_dir: where config.json and the tokenizer are;
+    notes: what a reader should know (files left alone, overrides); problems: what is wrong with it.
+    """
+
+    path: Path
+    backend: str
+    layout: str
+    tensors: Mapping[str, LazyTensor]
+    world_size: int
+    files: tuple[SourceFile, ...]
+    config_dir: Path | None
+    mesh: tuple[MeshAxis, ...] = ()
+    evidence: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    overrides: Mapping[str, object] = field(default_factory=dict)
+    problems: tuple[Problem, ...] = ()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors, each counted once."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    @property
+    def numel(self) -> int:
+        """Elements of all tensors, each counted once."""
+        return sum(tensor.numel for tensor in self.tensors.values())
+
+    def __getitem__(self, name: str) -> LazyTensor:
+        return self.tensors[name]
+
+    def __len__(self) -> int:
+        return len(self.tensors)

@@ -1,0 +1,96 @@
+"""The loaders, a file for each on-disk layout, and the vote that chooses one."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from nbmerge.errors import AmbiguousCheckpointError, NotACheckpointError, OptionError, listing
+from nbmerge.layout import Checkpoint
+from nbmerge.loaders.base import Loader, OpenOptions, existing_directory
+from nbmerge.loaders.fsdp import FSDPLoader
+
+LOADERS: tuple[Loader, ...] = (FSDPLoader(),)
+
+_SEARCH_DEPTH = 4
+_SEARCH_DIRECTORIES = 2000  # a home directory given by mistake must not take minutes
+
+
+def open_checkpoint_directory(path: Path, backend: str, options: OpenOptions) -> Checkpoint:
+    """The index of the checkpoint in `path`, by the loader that `backend` names or that recognises it.
+
+    Raises NotACheckpointError, AmbiguousCheckpointError, OptionError, and what the loader raises.
+    """
+    directory = existing_directory(path)
+    return choose_loader(directory, backend).open(directory, options)
+
+
+def choose_loader(directory: Path, backend: str, loaders: Sequence[Loader] = LOADERS) -> Loader:
+    """The one loader with evidence for the directory. A tie, and no vote at all, are errors that list it."""
+    if backend != "auto":
+        by_name = {loader.name: loader for loader in loaders}
+        if backend not in by_name:
+            raise OptionError(
+                f"no back end is named {backend!r} in this version",
+                why=f"it has {', '.join(by_name)}",
+                fix="leave it out: the layout is recognised",
+            )
+        if not by_name[backend].evidence(directory):
+            raise _nothing_recognised(directory, [by_name[backend]])
+        return by_name[backend]
+    votes = [(loader, loader.evidence(directory)) for loader in loaders]
+    voted = [(loader, found) for loader, found in votes if found]
+    if not voted:
+        raise _nothing_recognised(directory, loaders)
+    if len(voted) > 1:
+        raise AmbiguousCheckpointError(
+            f"{len(voted)} layouts are in one directory",
+            where=str(directory),
+            why="; ".join(f"{loader.name}: {', '.join(found)}" for loader, found in voted),
+            fix=f"say which: --backend {' or '.join(loader.name for loader, _ in voted)}",
+        )
+    return voted[0][0]
+
+
+def _nothing_recognised(directory: Path, loaders: Sequence[Loader]) -> NotACheckpointError:
+    near = [path for path in _below(directory) if any(loader.evidence(path) for loader in loaders)]
+    return NotACheckpointError(
+        "this directory is no checkpoint that can be read",
+        where=str(directory),
+        why=f"it holds {_inventory(directory)}; looked for: "
+        + "; ".join(f"{loader.recognises} ({loader.name})" for loader in loaders),
+        fix=f"pass {listing(near)}" if near else "pass the directory that holds the files of all ranks",
+    )
+
+
+def _inventory(directory: Path) -> str:
+    """What is in a directory, in a few words: `3 .json, 2 directories (a, b)`."""
+    try:
+        children = sorted(directory.iterdir())
+    except PermissionError:
+        return "nothing that may be read (permission denied)"
+    kinds = Counter(child.suffix or "other" for child in children if not child.is_dir())
+    words = [f"{count:,} {kind}" for kind, count in kinds.most_common(5)]
+    folders = [child.name for child in children if child.is_dir()]
+    if folders:
+        words.append(f"{len(folders):,} director{'y' if len(folders) == 1 else 'ies'} ({listing(folders)})")
+    return ", ".join(words) or "nothing"
+
+
+def _below(directory: Path) -> Iterator[Path]:
+    """The directories below, nearest first, within limits."""
+    level, seen = [directory], 0
+    for _ in range(_SEARCH_DEPTH):
+        following: list[Path] = []
+        for parent in level:
+            try:
+                children = sorted(child for child in parent.iterdir() if child.is_dir())
+            except OSError:
+                continue
+            seen += len(children)
+            if seen > _SEARCH_DIRECTORIES:
+                return
+            yield from children
+            following += children
+        level = following

@@ -1,0 +1,323 @@
+"""Per-rank FSDP checkpoints: `model_world_size_N_rank_R.pt`, the layout of verl's FSDPCheckpointManager.
+
+FSDP1 and FSDP2, on any device mesh or none, written by any torch from 2.4 on.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+import re
+from collections import Counter
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nbmerge.engine.events import Advanced, Ended, Started
+from nbmerge.errors import (
+    AmbiguousCheckpointError,
+    CheckpointError,
+    IncompleteCheckpointError,
+    InconsistentCheckpointError,
+    OptionError,
+    Problem,
+    UnsupportedCheckpointError,
+    listing,
+    plural,
+    summarise,
+)
+from nbmerge.layout import Checkpoint, LazyTensor, MeshAxis, SourceFile
+from nbmerge.loaders.assemble import Assembler, global_shape, override
+from nbmerge.loaders.base import Loader, OpenOptions, Overrides
+from nbmerge.loaders.pieces import BoxPiece, MeshPiece, Piece, piece_of
+from nbmerge.loaders.unpickle import load_torch_file
+
+_FILE = re.compile(r"(model|optim|extra_state)_world_size_(\d+)_rank_(\d+)\.pt")
+_ROLES = {"model": "weights", "optim": "optimizer", "extra_state": "extra state"}
+_FLAT_PARAMETER = re.compile(r"(^|\.)_?flat_param(_\d+)?$")
+
+
+@dataclass(frozen=True)
+class _Directory:
+    """The files of a checkpoint directory by role, world size and rank."""
+
+    path: Path
+    files: Mapping[tuple[str, int], Mapping[int, Path]]  # (role, world size) → rank → path
+
+    @staticmethod
+    def scan(path: Path) -> _Directory:
+        files: dict[tuple[str, int], dict[int, Path]] = {}
+        for child in sorted(path.iterdir()):
+            if match := _FILE.fullmatch(child.name):
+                role, world_size, rank = match[1], int(match[2]), int(match[3])
+                files.setdefault((role, world_size), {})[rank] = child
+        return _Directory(path, files)
+
+    @property
+    def world_sizes(self) -> list[int]:
+        return sorted(size for role, size in self.files if role == "model")
+
+    def weights(self) -> tuple[int, dict[int, Path]]:
+        """World size and the weight file of each rank. Raises where they are not one complete set."""
+        if len(self.world_sizes) > 1:
+            counts = [f"{len(self.files['model', n])} files of world size {n}" for n in self.world_sizes]
+            raise InconsistentCheckpointError(
+                "two checkpoints lie in one directory: " + " and ".join(counts),
+                where=str(self.path),
+                why="a run with another number of GPUs saved into the same directory",
+                fix="move the files of one world size to a directory of their own",
+            )
+        (world_size,) = self.world_sizes
+        ranks = self.files["model", world_size]
+        absent = [rank for rank in range(world_size) if rank not in ranks]
+        if absent:
+            raise IncompleteCheckpointError(
+                f"{plural(len(absent), 'rank')} of {world_size} is missing"
+                if len(absent) == 1
+                else f"{plural(len(absent), 'rank')} of {world_size} are missing",
+                where=f"{self.path}: " + listing(f"model_world_size_{world_size}_rank_{r}.pt" for r in absent),
+                why="each node saves to its own disk, or saving was stopped",
+                fix="copy the missing files from the machines that trained; without them the weights are incomplete",
+            )
+        beyond = [path.name for rank, path in ranks.items() if rank >= world_size]
+        if beyond:
+            raise InconsistentCheckpointError(
+                f"files of ranks beyond the world size {world_size}", where=f"{self.path}: {listing(beyond)}",
+                fix="move them away; they belong to another checkpoint",
+            )  # fmt: skip
+        return world_size, {rank: ranks[rank] for rank in range(world_size)}
+
+
+class FSDPLoader(Loader):
+    """Opens per-rank FSDP checkpoints."""
+
+    name = "fsdp"
+    recognises = "model_world_size_N_rank_R.pt"
+
+    def evidence(self, directory: Path) -> tuple[str, ...]:
+        found = _Directory.scan(directory)
+        words = [f"{len(found.files['model', n])} × model_world_size_{n}_rank_*.pt" for n in found.world_sizes]
+        if words and (directory / "fsdp_config.json").is_file():
+            words.append("fsdp_config.json")
+        return tuple(words)
+
+    def open(self, directory: Path, options: OpenOptions) -> Checkpoint:
+        found = _Directory.scan(directory)
+        world_size, weights = found.weights()
+        version = _fsdp_version(directory, world_size)
+        mesh_is_given = options.overrides.mesh_shape is not None
+        _check_overrides(options.overrides, world_size)
+        states = _read_all(weights, options)
+        _refuse_flat_parameters(states[0], weights[0])
+        config_dir = options.config_dir or _config_dir(directory)
+        pieces, objects, problems = _pieces_by_name(states, weights)
+        if mesh_is_given and options.overrides.placements:
+            pieces = _overridden(pieces, options.overrides)
+        tensors, unassembled = _assemble(pieces, world_size, config_dir, options)
+        if problems + unassembled:
+            raise _as_error(problems + unassembled, directory)
+        return Checkpoint(
+            path=directory,
+            backend=self.name,
+            layout=f"FSDP{version}, a file for each rank" if version else "FSDP, a file for each rank",
+            tensors=tensors,
+            world_size=world_size,
+            files=_source_files(found),
+            config_dir=config_dir,
+            mesh=_common_mesh(tensors),
+            evidence=self.evidence(directory),
+            notes=_notes(found, objects),
+            overrides=options.overrides.as_record(),
+        )
+
+
+def _fsdp_version(directory: Path, world_size: int) -> int | None:
+    path = directory / "fsdp_config.json"
+    if not path.is_file():  # verl before 0.5 wrote none
+        return None
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(
+            f"fsdp_config.json is no JSON: {error}", where=str(path), fix="delete it: the file names say enough"
+        ) from error
+    said = config.get("world_size", world_size)
+    if said != world_size:
+        raise InconsistentCheckpointError(
+            f"fsdp_config.json says world size {said}, the files say {world_size}",
+            where=str(directory),
+            why="files of two checkpoints were mixed",
+            fix="copy the directory again from the machine that trained",
+        )
+    version = config.get("FSDP_version")
+    return int(version) if version is not None else None
+
+
+def _config_dir(directory: Path) -> Path | None:
+    """Where config.json is: `huggingface/` beside the shards, as verl writes it, or among them."""
+    for candidate in (directory / "huggingface", directory):
+        if (candidate / "config.json").is_file():
+            return candidate
+    return None
+
+
+def _check_overrides(overrides: Overrides, world_size: int) -> None:
+    mesh = overrides.mesh_shape
+    if overrides.placements and mesh is None:
+        raise OptionError("--placements needs --mesh_shape", fix=f"for example --mesh_shape {world_size}")
+    if mesh is None:
+        return
+    size = 1
+    for length in mesh:
+        size *= length
+    if size != world_size:
+        raise OptionError(
+            f"--mesh_shape {mesh} has {size} ranks, the checkpoint has {world_size}",
+            fix="give the sizes of the device mesh, outermost first",
+        )
+    if overrides.mesh_dim_names and len(overrides.mesh_dim_names) != len(mesh):
+        raise OptionError(f"{len(overrides.mesh_dim_names)} --mesh_dim_names for a mesh of {len(mesh)} dimensions")
+    for pattern, placements in overrides.placements.items():
+        if len(placements) != len(mesh):
+            raise OptionError(
+                f"--placements gives {plural(len(placements), 'placement')} for {pattern!r}, the mesh has {len(mesh)} dimensions",
+                fix="give one placement for each mesh dimension",
+            )
+
+
+def _read_all(weights: Mapping[int, Path], options: OpenOptions) -> dict[int, Mapping[str, Any]]:
+    """The state dict of each rank, tensors as byte ranges. Files are read in parallel."""
+    options.listener(Started("reading", sum(path.stat().st_size for path in weights.values())))
+    states: dict[int, Mapping[str, Any]] = {}
+
+    def read(path: Path) -> Any:
+        return load_torch_file(path, trust_pickle=options.trust_pickle)
+
+    with ThreadPoolExecutor(max(1, options.workers)) as pool:
+        for (rank, path), state in zip(weights.items(), pool.map(read, weights.values()), strict=True):
+            if not isinstance(state, Mapping):
+                raise UnsupportedCheckpointError(
+                    f"the file holds a {type(state).__name__}, not a state dict", where=str(path),
+                    fix="pass the directory of a checkpoint's model files",
+                )  # fmt: skip
+            states[rank] = state
+            options.listener(Advanced(path.stat().st_size))
+    options.listener(Ended("reading"))
+    return states
+
+
+def _refuse_flat_parameters(state: Mapping[str, Any], path: Path) -> None:
+    flat = [name for name in state if _FLAT_PARAMETER.search(str(name))]
+    if flat:
+        raise UnsupportedCheckpointError(
+            f"the file holds {plural(len(flat), 'flat parameter')} ({listing(flat, shown=2)}) that cannot be cut",
+            where=str(path),
+            why="FSDP1's LOCAL_STATE_DICT stores each wrapped module as one flat vector, without the names and "
+            "shapes of its parameters",
+            fix="load it in the training job and save with StateDictType.SHARDED_STATE_DICT "
+            "(or FULL_STATE_DICT), or save from FSDP2",
+        )
+
+
+def _pieces_by_name(
+    states: Mapping[int, Mapping[str, Any]], weights: Mapping[int, Path]
+) -> tuple[dict[str, dict[int, Piece]], list[str], list[Problem]]:
+    """Pieces of each tensor by rank, names of entries that are no tensors, and what could not be read."""
+    pieces: dict[str, dict[int, Piece]] = {}
+    objects: dict[str, None] = {}
+    problems: list[Problem] = []
+    for rank, state in states.items():
+        for name, value in state.items():
+            try:
+                piece = piece_of(value, rank, f"{name} in {weights[rank]}")
+            except CheckpointError as error:
+                problems.append(error.problem)
+                continue
+            if piece is None:
+                objects[str(name)] = None
+            else:
+                pieces.setdefault(str(name), {})[rank] = piece
+    return pieces, list(objects), problems
+
+
+def _overridden(pieces: dict[str, dict[int, Piece]], overrides: Overrides) -> dict[str, dict[int, Piece]]:
+    """The pieces with the user's mesh and placements, where a pattern names the tensor."""
+    mesh = overrides.mesh_shape or ()
+    names = overrides.mesh_dim_names or tuple(f"dim{i}" for i in range(len(mesh)))
+    result: dict[str, dict[int, Piece]] = {}
+    for name, by_rank in pieces.items():
+        placements = next((ps for pat, ps in overrides.placements.items() if fnmatch.fnmatchcase(name, pat)), None)
+        result[name] = by_rank
+        if placements is not None:
+            shape = global_shape(by_rank, mesh, placements)
+            result[name] = {
+                rank: override(piece, names, mesh, placements, rank, shape) or piece
+                for rank, piece in by_rank.items()
+            }
+    return result
+
+
+def _assemble(
+    pieces: Mapping[str, Mapping[int, Piece]], world_size: int, config_dir: Path | None, options: OpenOptions
+) -> tuple[dict[str, LazyTensor], list[Problem]]:
+    model: list[Any] = []  # made once, and only if some tensor's bytes don't decide
+
+    def expected(name: str) -> tuple[int, ...] | None:
+        if not model:
+            model.append(options.shapes(config_dir))
+        shapes = model[0]
+        return None if shapes is None else shapes.expected_shape(name)
+
+    sharded = any(isinstance(piece, (MeshPiece, BoxPiece)) for ranks in pieces.values() for piece in ranks.values())
+    assembler = Assembler(world_size, sharded, expected)
+    tensors: dict[str, LazyTensor] = {}
+    problems: list[Problem] = []
+    for name, by_rank in pieces.items():
+        made = assembler.assemble(name, by_rank)
+        if isinstance(made, Problem):
+            problems.append(made)
+        else:
+            tensors[name] = made
+    return tensors, problems
+
+
+def _as_error(problems: list[Problem], directory: Path) -> CheckpointError:
+    """One error for all problems of an index, of the class that its gravest problem has."""
+    title = f"the checkpoint cannot be put together: {plural(len(problems), 'problem')} in {directory}"
+    text = "\n".join([title, *summarise(problems)])
+    kinds = {problem.kind for problem in problems}
+    for kind, error in (
+        ("missing", IncompleteCheckpointError),
+        ("contradiction", InconsistentCheckpointError),
+        ("ambiguous", AmbiguousCheckpointError),
+    ):
+        if kind in kinds:
+            return error(text)
+    return UnsupportedCheckpointError(text)
+
+
+def _source_files(found: _Directory) -> tuple[SourceFile, ...]:
+    return tuple(
+        SourceFile.of(path, _ROLES[role]) for (role, _), ranks in found.files.items() for _, path in sorted(ranks.items())
+    )
+
+
+def _notes(found: _Directory, objects: list[str]) -> tuple[str, ...]:
+    notes = [
+        f"{plural(len(ranks), f'{_ROLES[role]} file')} left alone"
+        for (role, _), ranks in found.files.items()
+        if role != "model"
+    ]
+    if objects:
+        notes.append(f"{plural(len(objects), 'entry')} without a tensor left alone: {listing(objects)}")
+    return tuple(notes)
+
+
+def _common_mesh(tensors: Mapping[str, LazyTensor]) -> tuple[MeshAxis, ...]:
+    """The mesh with the most dimensions (under TP the norms lie on a part of it), then with the most bytes."""
+    weight: Counter[tuple[MeshAxis, ...]] = Counter()
+    for tensor in tensors.values():
+        weight[tensor.mesh] += tensor.nbytes
+    return max(weight, key=lambda mesh: (len(mesh), weight[mesh]), default=())

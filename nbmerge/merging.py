@@ -1,0 +1,106 @@
+"""Carries a checked plan out: write, compare, copy what lies beside the weights, verify, publish."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from nbmerge.engine.events import Listener
+from nbmerge.engine.execute import write_files
+from nbmerge.engine.publish import (
+    Target,
+    discard,
+    full_disk,
+    publish,
+    workspace,
+    write_synced,
+)
+from nbmerge.errors import (
+    CorruptFileError,
+    InconsistentCheckpointError,
+    TargetError,
+    VerificationError,
+    listing,
+)
+from nbmerge.plan import MergePlan
+from nbmerge.receipt import RECEIPT_NAME, encoded, receipt, sha256_of
+from nbmerge.report import MergeReport
+from nbmerge.verification import verify
+
+
+def write_and_publish(plan: MergePlan, target: Target, listener: Listener) -> MergeReport:
+    """The target, written in its sibling and renamed when it is whole and proved.
+
+    Raises SpaceError, CorruptFileError, InconsistentCheckpointError or VerificationError; then nothing stands
+    under the target's name that did not stand there before.
+    """
+    try:
+        with workspace(target) as directory:
+            _remove_strays(plan, directory)
+            try:
+                outcome = write_files(plan, directory, listener)
+                _refuse_changed_sources(plan)
+                _write_side_files(plan, directory)
+                verification = verify(plan, directory)
+            except (CorruptFileError, InconsistentCheckpointError, VerificationError):
+                discard(target)  # what was written of it cannot be trusted
+                raise
+            digests = {f.name: sha256_of(directory / f.name) for f in plan.files} if plan.options.digests else {}
+            content = receipt(plan, digests)
+            write_synced(directory / RECEIPT_NAME, encoded(content))
+            publish(target)
+    except OSError as error:
+        if full := full_disk(error, target):
+            raise full from error
+        if isinstance(error, PermissionError):
+            raise TargetError(
+                f"permission denied: {error.filename}", where=str(target.path),
+                fix="choose another directory, or change its permissions",
+            ) from error  # fmt: skip
+        raise
+    return MergeReport(
+        plan=plan,
+        target=target.path,
+        seconds=outcome.seconds,
+        written_bytes=outcome.written_bytes,
+        reused=outcome.reused,
+        verification=verification,
+        receipt=content,
+    )
+
+
+def _remove_strays(plan: MergePlan, directory: Path) -> None:
+    """What an interrupted run left that is no whole file of this plan."""
+    wanted = {file.name for file in plan.files}
+    for child in directory.iterdir():
+        if child.name not in wanted:
+            child.unlink()
+
+
+def _refuse_changed_sources(plan: MergePlan) -> None:
+    changed = []
+    for file in plan.checkpoint.files:
+        if file.role != "weights":
+            continue
+        stat = file.path.stat() if file.path.exists() else None
+        if stat is None or (stat.st_size, stat.st_mtime_ns) != (file.size, file.mtime_ns):
+            changed.append(file.path.name)
+    if changed:
+        raise InconsistentCheckpointError(
+            f"the checkpoint changed while it was merged: {listing(changed)}",
+            where=str(plan.checkpoint.path),
+            why="training, or a copy, still writes to it",
+            fix="merge again when it is finished",
+        )
+
+
+def _write_side_files(plan: MergePlan, directory: Path) -> None:
+    """Config, tokenizer and the like; the index last, so that a directory with an index is whole."""
+    for file in sorted(plan.side_files, key=lambda file: file.name.endswith(".index.json")):
+        path = directory / file.name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if file.content is not None:
+            write_synced(path, file.content)
+        elif file.source is not None:
+            write_synced(path, file.source.read_bytes())
+            shutil.copystat(file.source, path)

@@ -1,0 +1,1 @@
+"""From the names and layouts of a framework to those that the model's published checkpoints have."""

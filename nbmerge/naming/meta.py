@@ -1,0 +1,147 @@
+"""Makes the model of a config on the meta device and reads off it what a published checkpoint holds."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from nbmerge.errors import ConfigError
+from nbmerge.expressions import Expr, input_names
+from nbmerge.naming.model import HFModel, ModelFacts, quiet_transformers, unknown_class
+from nbmerge.naming.recorder import Recorder
+
+# DeepSeek-V3 routes by this bias; rounding it to 16 bits changes which experts are chosen.
+_ALWAYS_FP32 = ("e_score_correction_bias",)
+
+
+def model_facts(source: HFModel) -> ModelFacts:
+    """The facts of the model of a config. Raises ConfigError where transformers cannot make it."""
+    with quiet_transformers():
+        model = _meta_model(source)
+        state = {name: value for name, value in model.state_dict(keep_vars=True).items() if _is_tensor(value)}
+        tied = _tied_names(model, state)
+        return ModelFacts(
+            class_name=type(model).__name__,
+            memory={name: tuple(value.shape) for name, value in state.items()},
+            published=_published(model, {name: t for name, t in state.items() if name not in tied}),
+            tied=tied,
+            buffers=frozenset(name for name, _ in model.named_buffers() if name not in state),
+            ignored=tuple(sorted(model._keys_to_ignore_on_load_unexpected or ())),
+            fp32=tuple(sorted({*(getattr(model, "_keep_in_fp32_modules_strict", None) or ()), *_ALWAYS_FP32})),
+        )
+
+
+def _is_tensor(value: object) -> bool:
+    return isinstance(value, torch.Tensor)
+
+
+def _meta_model(source: HFModel) -> Any:
+    from transformers import AutoConfig
+
+    where = str(source.config_dir / "config.json")
+    source.config  # noqa: B018 - a missing or broken file gets our own error
+    try:
+        config = AutoConfig.from_pretrained(
+            source.config_dir, trust_remote_code=source.trust_remote_code, local_files_only=True
+        )
+        if source.is_value_model:
+            config.num_labels = 1
+        if source.tie_word_embedding is not None:
+            config.tie_word_embeddings = source.tie_word_embedding
+        if hasattr(config, "quantization_config"):  # the shards hold plain weights
+            del config.quantization_config
+        cls = _model_class(source, config)
+        with torch.device("meta"):
+            return cls(config)
+    except ConfigError:
+        raise
+    except Exception as error:  # a config can break a class in any way
+        raise ConfigError(
+            f"no model can be made of the config: {type(error).__name__}: {error}".splitlines()[0],
+            where=where,
+            fix="pass the config of the model that was trained: --hf_model_config_path DIR",
+        ) from error
+
+
+def _model_class(source: HFModel, config: Any) -> Any:
+    import transformers
+    from transformers.models.auto import modeling_auto
+
+    if source.is_value_model:
+        mapping = modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING
+        if type(config) not in mapping:
+            raise ConfigError(
+                f"transformers has no token-classification class for {config.model_type!r}",
+                why="a value model is a token classifier with one label",
+                fix="leave --is-value-model out and name the class in config.json's architectures",
+            )
+        return mapping[type(config)]
+    architecture = source.architecture
+    if source.trust_remote_code and getattr(config, "auto_map", None):
+        return _remote_class(source, config)
+    if architecture is None:
+        mapping = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING
+        if type(config) in mapping:
+            return mapping[type(config)]
+    elif hasattr(transformers, architecture):
+        return getattr(transformers, architecture)
+    near = difflib.get_close_matches(architecture or "", dir(transformers), n=3)
+    raise unknown_class(architecture, near)
+
+
+def _remote_class(source: HFModel, config: Any) -> Any:
+    """The class that the checkpoint's own code defines; only with trust_remote_code."""
+    from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+    for auto in ("AutoModelForCausalLM", "AutoModelForTokenClassification", "AutoModelForImageTextToText", "AutoModel"):
+        if auto in config.auto_map:
+            return get_class_from_dynamic_module(config.auto_map[auto], str(source.config_dir))
+    raise unknown_class(source.architecture, [])
+
+
+def _tied_names(model: Any, state: Mapping[str, torch.Tensor]) -> dict[str, str]:
+    """In-memory names that `save_pretrained` leaves out because another name has the same parameter."""
+    groups: dict[int, list[str]] = {}
+    for name, value in state.items():
+        groups.setdefault(id(value), []).append(name)
+    declared = model.all_tied_weights_keys  # {left out: kept}
+    tied: dict[str, str] = {}
+    for names in groups.values():
+        if len(names) > 1:
+            kept = next((name for name in names if name not in declared), names[0])
+            tied.update({name: kept for name in names if name != kept})
+    return tied
+
+
+def _published(model: Any, state: Mapping[str, torch.Tensor]) -> dict[str, Expr]:
+    """What `save_pretrained` writes, as expressions over the in-memory tensors.
+
+    transformers' own reverse conversion (core_model_loading.revert_weight_conversion) runs on meta tensors
+    while a recorder writes down which parts of which tensors it takes.
+    """
+    from transformers.core_model_loading import revert_weight_conversion
+
+    ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_save or ()]
+    with Recorder() as recorder:
+        inputs = {
+            name: recorder.input(name, tuple(tensor.shape), tensor.dtype)
+            for name, tensor in state.items()
+            if not any(pattern.search(name) for pattern in ignored)
+        }
+        converted = revert_weight_conversion(model, inputs)
+        made = {name: recorder.expr(tensor) for name, tensor in converted.items()}
+    return _in_model_order(made, list(state))
+
+
+def _in_model_order(made: dict[str, Expr], order: list[str]) -> dict[str, Expr]:
+    """Sorted by where the first in-memory tensor of each stands in the model, as its files are usually ordered."""
+    position = {name: i for i, name in enumerate(order)}
+
+    def first_position(item: tuple[str, Expr]) -> int:
+        return min((position[name] for name in input_names(item[1])), default=len(order))
+
+    return dict(sorted(made.items(), key=first_position))

@@ -1,0 +1,226 @@
+"""Which output tensors the tensors of a checkpoint become: published names, or transformers' in-memory ones."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from nbmerge import expressions as ex
+from nbmerge.errors import Problem
+from nbmerge.expressions import Expr, Input, Paste, Permute, Reshape, Slice
+from nbmerge.geometry import Box, Shape
+from nbmerge.naming.model import ModelFacts
+from nbmerge.naming.prefixes import stripped_names
+
+HUB, TRANSFORMERS = "hub", "transformers"
+
+# Buffers that older transformers saved and that every version computes anew when it loads.
+_LEFTOVERS = re.compile(r"\.(rotary_emb\.inv_freq|masked_bias|attn\.bias)$")
+_LORA = re.compile(r"(^|\.)(lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector|base_layer)\.")
+
+
+@dataclass(frozen=True, slots=True)
+class Drop:
+    """A source tensor that is not written, and why."""
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Tie:
+    """An output that is not written because `kept` holds the same values; the sources of both, if both exist."""
+
+    name: str
+    kept: str
+    stored: Expr | None
+    kept_stored: Expr | None
+
+
+@dataclass(frozen=True)
+class Named:
+    """The outputs of a checkpoint, by name in the order in which files hold them, and what became of the rest.
+
+    dialect: of the sources, `hub` or `transformers`; unloaded: outputs that the class knows and does not load.
+    """
+
+    outputs: Mapping[str, Expr]
+    expected: Mapping[str, Shape]
+    dialect: str
+    renamed: int = 0
+    drops: tuple[Drop, ...] = ()
+    ties: tuple[Tie, ...] = ()
+    unloaded: tuple[str, ...] = ()
+    problems: tuple[Problem, ...] = ()
+
+
+@dataclass
+class _Naming:
+    facts: ModelFacts
+    sources: dict[str, Expr]
+    drops: list[Drop] = field(default_factory=list)
+    ties: list[Tie] = field(default_factory=list)
+    unloaded: list[str] = field(default_factory=list)
+    problems: list[Problem] = field(default_factory=list)
+
+
+def name_tensors(tensors: Mapping[str, Expr], facts: ModelFacts, target: str = HUB) -> Named:
+    """The outputs of the tensors of a checkpoint for the model that the facts describe.
+
+    target: `hub` for the names that `save_pretrained` writes, `transformers` for those in memory.
+    """
+    olds, collisions = stripped_names(tensors)
+    adapters = [name for name in olds if _LORA.search(name)]
+    if adapters:
+        problem = Problem(
+            f"the checkpoint holds LoRA tensors, {adapters[0]} for one",
+            why="this version merges full weights; it does not fold or split adapters yet",
+            fix="fold the adapter in the training job (peft's merge_and_unload) and save again",
+            kind="unsupported",
+        )
+        return Named({}, {}, HUB, problems=(*collisions, problem))
+    work = _Naming(facts, {new: tensors[old] for new, old in olds.items()}, problems=collisions)
+    hub_shapes = {name: expr.shape for name, expr in facts.published.items()}
+    dialect = _dialect(work.sources, facts)
+    if dialect == TRANSFORMERS:
+        written = {name: shape for name, shape in facts.memory.items() if name not in facts.tied}
+        rules = facts.published if target == HUB else _unchanged(written)
+        outputs = _apply(work, rules, written)
+        expected = hub_shapes if target == HUB else written
+    else:
+        rules = _unchanged(hub_shapes) if target == HUB else inverted(facts.published)
+        outputs = _apply(work, rules, hub_shapes)
+        expected = {name: rule.shape for name, rule in rules.items()}
+    renamed = sum(not isinstance(rule, Input) or rule.name != name for name, rule in rules.items())
+    return Named(
+        outputs, expected, dialect, renamed, tuple(work.drops), tuple(work.ties), tuple(work.unloaded),
+        tuple(work.problems),
+    )  # fmt: skip
+
+
+def _dialect(sources: Mapping[str, Expr], facts: ModelFacts) -> str:
+    """Whether the names are those in memory or those on the hub: whichever knows more of them."""
+    in_memory = sum(name in facts.memory for name in sources)
+    on_hub = sum(name in facts.published or name in facts.tied for name in sources)
+    return HUB if on_hub > in_memory else TRANSFORMERS
+
+
+def _unchanged(shapes: Mapping[str, Shape]) -> dict[str, Expr]:
+    from nbmerge.dtypes import BY_NAME
+
+    return {name: Input(name, shape, BY_NAME["float32"]) for name, shape in shapes.items()}
+
+
+def _apply(work: _Naming, rules: Mapping[str, Expr], wanted: Mapping[str, Shape]) -> dict[str, Expr]:
+    """The outputs of the rules over the sources. `wanted`: the shapes of the rules' inputs."""
+    inputs = _inputs(work, wanted)
+    outputs: dict[str, Expr] = {}
+    missing: dict[str, list[str]] = {}
+    for name, rule in rules.items():
+        absent = [needed for needed in ex.input_names(rule) if needed not in inputs]
+        for needed in absent:
+            missing.setdefault(needed, []).append(name)
+        if not absent:
+            outputs[name] = ex.substitute(rule, inputs)
+    mismatched = {problem.where for problem in work.problems}
+    for needed, made in missing.items():
+        if needed not in mismatched:
+            work.problems.append(
+                Problem(
+                    f"no tensor of the checkpoint fills {made[0]}" + (f" and {len(made) - 1} more" if made[1:] else ""),
+                    where=needed if needed != made[0] else "",
+                    why=f"{work.facts.class_name} has it; the checkpoint does not",
+                    fix="check that config.json is the trained model's and that the checkpoint is complete",
+                    kind="missing",
+                )
+            )
+    for name in work.unloaded:
+        outputs[name] = work.sources[name]
+    return outputs
+
+
+def _inputs(work: _Naming, wanted: Mapping[str, Shape]) -> dict[str, Expr]:
+    """The sources that the rules may take, with every other one accounted for."""
+    inputs: dict[str, Expr] = {}
+    for name, source in work.sources.items():
+        if name in wanted:
+            if source.shape == wanted[name]:
+                inputs[name] = source
+            else:
+                work.problems.append(_shape_problem(name, source.shape, wanted[name], work.facts))
+        elif name in work.facts.tied:
+            continue
+        elif name in work.facts.buffers or _LEFTOVERS.search(name):
+            work.drops.append(Drop(name, "a buffer that the model computes when it is loaded"))
+        elif work.facts.is_ignored(name):
+            work.unloaded.append(name)
+        else:
+            near = difflib.get_close_matches(name, wanted, n=1)
+            work.problems.append(
+                Problem(
+                    f"no rule takes {name} of shape {list(source.shape)}",
+                    why=f"{work.facts.class_name} has no such tensor" + (f"; the nearest is {near[0]}" if near else ""),
+                    fix="check that config.json is the trained model's: --hf_model_config_path DIR",
+                )
+            )
+    _tie(work, inputs)
+    return inputs
+
+
+def _tie(work: _Naming, inputs: dict[str, Expr]) -> None:
+    for name, kept in work.facts.tied.items():
+        source, kept_source = work.sources.get(name), inputs.get(kept)
+        if kept_source is None and source is not None:
+            inputs[kept] = source  # some wrappers save a shared parameter under its other name only
+            kept_source = source
+        work.ties.append(Tie(name, kept, source, kept_source))
+
+
+def _shape_problem(name: str, got: Shape, want: Shape, facts: ModelFacts) -> Problem:
+    return Problem(
+        f"{name} has shape {list(got)} in the checkpoint; the config's {facts.class_name} has {list(want)}",
+        where=name,
+        why="config.json is not this model's, or the vocabulary was resized in training without the config",
+        fix="pass the config that training used: --hf_model_config_path DIR",
+        kind="contradiction",
+    )
+
+
+def inverted(published: Mapping[str, Expr]) -> dict[str, Expr]:
+    """The rules the other way: every in-memory tensor as an expression over published ones.
+
+    Raises ValueError for a rule that is more than views of one tensor.
+    """
+    parts: dict[str, list[tuple[Shape, Expr]]] = {}
+    wholes: dict[str, Input] = {}
+    for name, rule in published.items():
+        box, part, source = _inverse(rule, Input(name, rule.shape, rule.dtype))
+        wholes[source.name] = source
+        parts.setdefault(source.name, []).append((box.offset, part))
+    result: dict[str, Expr] = {}
+    for name, whole in wholes.items():
+        placed = sorted(parts[name], key=lambda item: item[0])
+        single = len(placed) == 1 and placed[0][1].shape == whole.shape
+        result[name] = placed[0][1] if single else Paste(whole.shape, whole.dtype, tuple(placed))
+    return result
+
+
+def _inverse(rule: Expr, made: Expr) -> tuple[Box, Expr, Input]:
+    """Where in its Input the rule's tensor lies, and the tensor in the Input's own layout."""
+    box: Box | None = None
+    while not isinstance(rule, Input):
+        if isinstance(rule, Permute):
+            back = tuple(rule.dims.index(dim) for dim in range(len(rule.dims)))
+            made = ex.permute(made, back)
+            if box is not None:
+                box = Box(tuple(box.offset[d] for d in back), tuple(box.shape[d] for d in back))
+        elif isinstance(rule, Slice) and box is None:
+            box = rule.box
+        elif isinstance(rule, Reshape) and box is None:
+            made = ex.reshape(made, rule.source.shape)
+        else:
+            raise ValueError(f"a {type(rule).__name__} cannot be undone")
+        rule = rule.sources[0]
+    return box or Box.whole(rule.shape), made, rule

@@ -1,0 +1,127 @@
+"""The options of each operation, once: the command line, the magics and the functions all read these."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from nbmerge.dtypes import parse_dtype
+from nbmerge.errors import OptionError
+
+BACKENDS = ("auto", "fsdp", "megatron", "dcp", "deepspeed", "colossalai", "hf")
+DIALECTS = ("hub", "transformers")
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
+          "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}  # fmt: skip
+
+
+def _option(default: Any, help: str, *, shapes: bool = False, **extra: Any) -> Any:
+    """A field with its help. shapes: whether the option changes what is written."""
+    return field(default=default, metadata={"help": help, "shapes": shapes, **extra})
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeOptions:
+    """The options of a merge. Field names are the keywords of `nbmerge.merge` and the flags of the command line."""
+
+    backend: str = _option("auto", "the layout's loader; auto recognises it", choices=BACKENDS)
+    hf_model_config_path: str | None = _option(
+        None, "directory of config.json and tokenizer, for a checkpoint without huggingface/", metavar="DIR", path=True
+    )
+    dtype: str | None = _option(None, "cast floating weights, e.g. bfloat16; default: as stored", shapes=True)
+    max_shard_size: str = _option("5GB", "largest safetensors file, e.g. 5GB or 500MB", shapes=True)
+    dialect: str = _option(
+        "hub", "names as published checkpoints have them, or as transformers has them in memory",
+        shapes=True, choices=DIALECTS,
+    )  # fmt: skip
+    workers: int | None = _option(None, "threads; default: two for each processor, at most 8")
+    overwrite: bool = _option(False, "replace a target that holds an earlier merge or nothing but model files")
+    dry_run: bool = _option(False, "print the plan and write nothing")
+    digests: bool = _option(False, "put a sha256 of each written file in the receipt (reads them once more)")
+    is_value_model: bool = _option(False, "the model is a critic: token classification with one label", shapes=True)
+    tie_word_embedding: bool = _option(False, "tie the embeddings whatever config.json says", shapes=True)
+    trust_remote_code: bool = _option(False, "run the model code in the checkpoint's own files")
+    trust_pickle: bool = _option(False, "let pickles run any code; only for files that you wrote yourself")
+    mesh_dim_names: str | None = _option(None, "override: names of the mesh dimensions, e.g. ddp,fsdp", shapes=True)
+    mesh_shape: str | None = _option(None, "override: sizes of the mesh dimensions, e.g. 2,4", shapes=True)
+    placements: str | Mapping[str, Any] | None = _option(
+        None, "override: JSON file of name pattern → placements, e.g. {\"*\": [\"Shard(0)\"]}", shapes=True,
+        metavar="FILE", path=True,
+    )  # fmt: skip
+    base_model: str | None = _option(None, "directory of a base model that fills what is missing", shapes=True, metavar="DIR", path=True)
+    lora: str | None = _option(None, "split, fold or adapter", shapes=True)
+    weights: str | None = _option(None, "master or model, for checkpoints that hold both", shapes=True)
+    hf_upload_path: str | None = _option(None, "user/name of a Hub repository to upload to", metavar="REPO")
+    private: bool = _option(False, "make the uploaded repository private")
+    use_cpu_initialization: bool = _option(False, "accepted and not needed: a merge never uses a GPU")
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("backend", BACKENDS), ("dialect", DIALECTS)):
+            if getattr(self, name) not in allowed:
+                raise OptionError(f"{name}={getattr(self, name)!r}", fix=f"one of {', '.join(allowed)}")
+        if self.dtype is not None:
+            _floating(self.dtype)
+        parse_size(self.max_shard_size)
+        if self.workers is not None and self.workers < 1:
+            raise OptionError(f"workers={self.workers}", fix="a number from 1 on")
+        for name in ("base_model", "lora", "weights"):
+            if getattr(self, name) is not None:
+                raise OptionError(
+                    f"{name}= is not supported yet: this version merges the full weights of FSDP checkpoints as stored",
+                    fix=f"leave {name} out",
+                )
+        if self.hf_upload_path or self.private:
+            raise OptionError(
+                "uploading is not supported yet",
+                fix="merge, then: huggingface-cli upload REPO TARGET_DIR",
+            )
+
+    def shaping(self) -> dict[str, object]:
+        """The options that change what is written, by name."""
+        shapes = {item.name for item in fields(self) if item.metadata["shapes"]}
+        return {name: value for name, value in asdict(self).items() if name in shapes}
+
+    def given(self) -> dict[str, object]:
+        """The options that differ from their defaults, by name."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
+
+
+def _floating(text: str) -> None:
+    try:
+        floating = parse_dtype(text).is_floating
+    except KeyError as error:
+        raise OptionError(str(error.args[0]), fix="for example dtype='bfloat16'") from error
+    if not floating:
+        raise OptionError(f"dtype={text!r} would round every weight to an integer", fix="a floating type, e.g. bfloat16")
+
+
+def parse_size(text: str | int) -> int:
+    """Bytes of `5GB`, `500MB`, `2GiB` or a number. Raises OptionError for anything else, and for 0."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(text))
+    size = float(match[1]) * _UNITS.get(match[2].upper(), 0) if match else 0
+    if size < 1:
+        raise OptionError(f"{text!r} is no size", fix="a number and a unit, e.g. 5GB, 500MB or 2GiB")
+    return int(size)
+
+
+def parse_shape(text: str | tuple[int, ...]) -> tuple[int, ...]:
+    """(2, 4) of `2,4`, `2x4` or `(2, 4)`. Raises OptionError."""
+    words = re.findall(r"[^\s,x()\[\]]+", text) if isinstance(text, str) else [str(size) for size in text]
+    if not words or not all(word.isdigit() and int(word) for word in words):
+        raise OptionError(f"{text!r} is no mesh shape", fix="sizes of its dimensions, e.g. 2,4")
+    return tuple(int(word) for word in words)
+
+
+def parse_names(text: str | tuple[str, ...]) -> tuple[str, ...]:
+    """("ddp", "fsdp") of `ddp,fsdp` or `('ddp', 'fsdp')`. Raises OptionError."""
+    words = re.findall(r"[^\s,()\[\]'\"]+", text) if isinstance(text, str) else list(text)
+    if not words:
+        raise OptionError(f"{text!r} names no mesh dimension", fix="for example ddp,fsdp")
+    return tuple(words)
+
+
+def existing_path(text: str) -> Path:
+    """The path with `~` put in."""
+    return Path(text).expanduser()

@@ -1,0 +1,166 @@
+"""The plan of a merge: everything that will be written, decided before the first byte is read."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from nbmerge.dtypes import DType
+from nbmerge.errors import PlanError, Problem
+from nbmerge.expressions import Expr
+from nbmerge.geometry import Shape
+from nbmerge.layout import Checkpoint
+from nbmerge.naming.published import Drop, Tie
+from nbmerge.options import MergeOptions
+from nbmerge.shown import Displayed
+
+
+@dataclass(frozen=True, slots=True)
+class OutputTensor:
+    """A tensor of an output file. offset: of its first byte after the file's header."""
+
+    name: str
+    expr: Expr
+    offset: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in the file."""
+        return self.expr.nbytes
+
+
+@dataclass(frozen=True)
+class OutputFile:
+    """A safetensors file: its header as it will be written, and its tensors in file order."""
+
+    name: str
+    header: bytes
+    tensors: tuple[OutputTensor, ...]
+
+    @property
+    def data_bytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(tensor.nbytes for tensor in self.tensors)
+
+    @property
+    def size(self) -> int:
+        """Bytes of the whole file."""
+        return len(self.header) + self.data_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class SideFile:
+    """A small file beside the weights. It is copied from `source`, or written from `content`."""
+
+    name: str
+    source: Path | None = None
+    content: bytes | None = None
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        if self.content is not None:
+            return len(self.content)
+        return self.source.stat().st_size if self.source else 0
+
+
+@dataclass(frozen=True, slots=True)
+class CastNote:
+    """An output whose dtype changes, and from what to what."""
+
+    name: str
+    before: DType
+    after: DType
+
+
+@dataclass(frozen=True, slots=True)
+class Equality:
+    """Two tensors that must hold the same bytes. what: the sentence to say where they don't."""
+
+    name: str
+    what: str
+    a: Expr
+    b: Expr
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of one of the two."""
+        return self.a.nbytes
+
+
+@dataclass(frozen=True, slots=True)
+class Execution:
+    """How the plan is carried out: threads, bytes of buffer for each, peak memory in bytes, and why so."""
+
+    engine: str
+    workers: int
+    buffer_bytes: int
+    peak_bytes: int
+    copied_bytes: int
+    computed_bytes: int
+    why: str
+
+
+@dataclass(frozen=True, repr=False)
+class MergePlan(Displayed):
+    """What a merge will write. Data only; `nbmerge.merge` carries it out.
+
+    files: the safetensors files; side_files: config, tokenizer, index, receipt's companions;
+    expected: the shapes that the model class wants by output name; unloaded: outputs that it knows and ignores;
+    compared: bytes that were compared while planning (small replicas); equalities: those that the copy compares.
+    """
+
+    checkpoint: Checkpoint
+    options: MergeOptions
+    model_class: str
+    dialect: str
+    files: tuple[OutputFile, ...]
+    side_files: tuple[SideFile, ...]
+    expected: Mapping[str, Shape]
+    execution: Execution
+    casts: tuple[CastNote, ...] = ()
+    drops: tuple[Drop, ...] = ()
+    ties: tuple[Tie, ...] = ()
+    unloaded: tuple[str, ...] = ()
+    renamed: int = 0
+    config_edits: Mapping[str, tuple[object, object]] = field(default_factory=dict)
+    probed: tuple[Equality, ...] = ()
+    equalities: tuple[Equality, ...] = ()
+    problems: tuple[Problem, ...] = ()
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def tensors(self) -> dict[str, OutputTensor]:
+        """All outputs by name."""
+        return {tensor.name: tensor for file in self.files for tensor in file.tensors}
+
+    @property
+    def data_bytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(file.data_bytes for file in self.files)
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes that the directory will take."""
+        return sum(file.size for file in self.files) + sum(file.size for file in self.side_files)
+
+    def raise_if_problems(self) -> None:
+        """Raises PlanError with all problems, if there are any."""
+        if self.problems:
+            raise PlanError(self.problems)
+
+    @property
+    def digest(self) -> str:
+        """Changes with the sources (size and time), the options that shape the result, and the versions."""
+        facts = {
+            "sources": [[str(f.path), f.size, f.mtime_ns] for f in self.checkpoint.files if f.role == "weights"],
+            "options": self.options.shaping(),
+            "overrides": dict(self.checkpoint.overrides),
+            "versions": dict(self.versions),
+            "headers": [[file.name, hashlib.sha256(file.header).hexdigest()] for file in self.files],
+            "config": [hashlib.sha256(f.content or b"").hexdigest() for f in self.side_files],
+        }
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,80 @@
+"""The receipt of a merge: what was done, next to the weights, so that it can be checked later."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from nbmerge.plan import MergePlan
+
+RECEIPT_NAME = "nbmerge_receipt.json"
+_SCHEMA = 1
+_CHUNK = 2**20
+
+
+def receipt(plan: MergePlan, digests: Mapping[str, str]) -> dict[str, Any]:
+    """The receipt of a plan that was carried out. digests: sha256 by file name, or empty."""
+    checkpoint = plan.checkpoint
+    return {
+        "schema": _SCHEMA,
+        "plan_digest": plan.digest,
+        "versions": dict(plan.versions),
+        "source": {
+            "path": str(checkpoint.path),
+            "backend": checkpoint.backend,
+            "layout": checkpoint.layout,
+            "world_size": checkpoint.world_size,
+            "mesh": [str(axis) for axis in checkpoint.mesh],
+            "config_dir": str(checkpoint.config_dir),
+            "overrides": dict(checkpoint.overrides),
+            "files": [
+                {"name": f.path.name, "role": f.role, "bytes": f.size, "mtime_ns": f.mtime_ns}
+                for f in checkpoint.files
+            ],
+        },
+        "options": _plain(plan.options.given()),
+        "model": {"class": plan.model_class, "source_names": plan.dialect, "renamed": plan.renamed},
+        "casts": [
+            {"tensor": cast.name, "from": cast.before.name, "to": cast.after.name} for cast in plan.casts
+        ],
+        "drops": [{"tensor": drop.name, "reason": drop.reason} for drop in plan.drops],
+        "ties": [{"tensor": tie.name, "kept": tie.kept} for tie in plan.ties],
+        "trims": [],
+        "fills": [],
+        "folds": [],
+        "unloaded": list(plan.unloaded),
+        "config_edits": {key: {"from": a, "to": b} for key, (a, b) in plan.config_edits.items()},
+        "compared": [equality.name for equality in (*plan.probed, *plan.equalities)],
+        "files": [
+            {
+                "name": file.name,
+                "bytes": file.size,
+                "tensors": len(file.tensors),
+                **({"sha256": digests[file.name]} if file.name in digests else {}),
+            }
+            for file in plan.files
+        ],
+        "side_files": [file.name for file in plan.side_files],
+        "total_size": plan.data_bytes,
+    }
+
+
+def _plain(options: Mapping[str, object]) -> dict[str, object]:
+    return {name: dict(v) if isinstance(v, Mapping) else v for name, v in options.items()}
+
+
+def encoded(content: Mapping[str, Any]) -> bytes:
+    """The receipt as it is written."""
+    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def sha256_of(path: Path) -> str:
+    """The sha256 of a file, in hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while block := stream.read(_CHUNK):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,34 @@
+"""What a merge returns."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nbmerge.plan import MergePlan
+from nbmerge.shown import Displayed
+from nbmerge.verification import Verification
+
+
+@dataclass(frozen=True, repr=False)
+class MergeReport(Displayed):
+    """What was done. After a dry run only the plan: nothing was written, and `verification` is None.
+
+    target: the directory that was written; seconds: of writing; written_bytes: what this run wrote;
+    reused: files that an earlier, interrupted run had finished; receipt: as it stands in the directory.
+    """
+
+    plan: MergePlan
+    target: Path | None = None
+    seconds: float = 0.0
+    written_bytes: int = 0
+    reused: tuple[str, ...] = ()
+    verification: Verification | None = None
+    receipt: Mapping[str, Any] | None = None
+
+    @property
+    def bytes_per_second(self) -> float:
+        """Speed of writing."""
+        return self.written_bytes / self.seconds if self.seconds else 0.0

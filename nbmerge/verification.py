@@ -1,0 +1,107 @@
+"""Re-reads a directory that a merge wrote and compares it with the plan and with the model's own expectation."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from nbmerge.engine.safetensors_file import Entry, read_header
+from nbmerge.errors import NbmergeError, Problem, VerificationError, listing, summarise
+from nbmerge.plan import MergePlan
+
+
+@dataclass(frozen=True, slots=True)
+class Verification:
+    """What was found true on disk: files, tensors, bytes, and outputs that the class knows and does not load."""
+
+    files: int
+    tensors: int
+    nbytes: int
+    model_class: str
+    unloaded: int = 0
+
+    @property
+    def sentence(self) -> str:
+        """What was proved, in a sentence."""
+        extra = f", {self.unloaded:,} known and not loaded" if self.unloaded else ""
+        return (
+            f"re-read {self.files:,} files: {self.tensors:,} tensors of {self.nbytes:,} bytes, each with the shape "
+            f"that {self.model_class} expects, none missing, none extra{extra}"
+        )
+
+
+def verify(plan: MergePlan, directory: Path) -> Verification:
+    """Proves that the directory is what was planned. Raises VerificationError with all that is not so."""
+    problems: list[Problem] = []
+    found = _read_all(plan, directory, problems)
+    _against_plan(plan, found, problems)
+    _against_model(plan, found, problems)
+    _index(plan, directory, found, problems)
+    problems += [
+        Problem(f"{file.name} is missing or empty", where=str(directory))
+        for file in plan.side_files
+        if not (directory / file.name).is_file() or (directory / file.name).stat().st_size != file.size
+    ]
+    if problems:
+        raise VerificationError(
+            "\n".join([f"the result did not verify ({len(problems)} findings); it was not published", *summarise(problems)])
+        )
+    return Verification(
+        len(plan.files), len(found), sum(entry.nbytes for _, entry in found.values()), plan.model_class, len(plan.unloaded)
+    )
+
+
+def _read_all(plan: MergePlan, directory: Path, problems: list[Problem]) -> dict[str, tuple[str, Entry]]:
+    found: dict[str, tuple[str, Entry]] = {}
+    for path in sorted(directory.glob("*.safetensors")):
+        try:
+            entries = read_header(path)
+        except NbmergeError as error:
+            problems.append(error.problem)
+            continue
+        for name, entry in entries.items():
+            if name in found:
+                problems.append(Problem(f"{name} is in two files", where=f"{found[name][0]} and {path.name}"))
+            found[name] = (path.name, entry)
+    missing = {file.name for file in plan.files} - {path.name for path in directory.glob("*.safetensors")}
+    problems += [Problem(f"{name} was not written", where=str(directory)) for name in sorted(missing)]
+    return found
+
+
+def _against_plan(plan: MergePlan, found: dict[str, tuple[str, Entry]], problems: list[Problem]) -> None:
+    planned = plan.tensors
+    for name in planned.keys() - found.keys():
+        problems.append(Problem(f"{name} is missing"))
+    for name, (file, entry) in found.items():
+        if name not in planned:
+            problems.append(Problem(f"{name} was not planned", where=file))
+        elif (entry.shape, entry.dtype) != (planned[name].expr.shape, planned[name].expr.dtype):
+            problems.append(Problem(f"{name} is {entry.dtype} {list(entry.shape)}, not as planned", where=file))
+
+
+def _against_model(plan: MergePlan, found: dict[str, tuple[str, Entry]], problems: list[Problem]) -> None:
+    unloaded = set(plan.unloaded)
+    absent = [name for name in plan.expected if name not in found]
+    if absent:
+        problems.append(Problem(f"{len(absent)} tensors of {plan.model_class} are missing: {listing(absent)}"))
+    extra = [name for name in found if name not in plan.expected and name not in unloaded]
+    if extra:
+        problems.append(Problem(f"{len(extra)} tensors are none of {plan.model_class}'s: {listing(extra)}"))
+    for name, shape in plan.expected.items():
+        if name in found and found[name][1].shape != shape:
+            problems.append(Problem(f"{name} is {list(found[name][1].shape)}, {plan.model_class} has {list(shape)}"))
+
+
+def _index(plan: MergePlan, directory: Path, found: dict[str, tuple[str, Entry]], problems: list[Problem]) -> None:
+    path = directory / "model.safetensors.index.json"
+    if not path.is_file():
+        if len(plan.files) > 1:
+            problems.append(Problem("there is no index", where=str(path)))
+        return
+    content = json.loads(path.read_bytes())
+    if content["weight_map"] != {name: file for name, (file, _) in found.items()}:
+        problems.append(Problem("the index and the files name different tensors", where=str(path)))
+    total = sum(entry.nbytes for _, entry in found.values())
+    if content["metadata"]["total_size"] != total:
+        problems.append(Problem(f"total_size is {content['metadata']['total_size']}, not {total}", where=str(path)))
