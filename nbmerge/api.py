@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import os
-import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from nbmerge.engine.events import Listener
-from nbmerge.errors import CheckpointError, ConfigError, InconsistentCheckpointError, OptionError
+from nbmerge.errors import ConfigError, OptionError
 from nbmerge.layout import Checkpoint
 from nbmerge.loaders import open_checkpoint_directory
 from nbmerge.loaders.base import OpenOptions, Overrides
@@ -118,10 +117,10 @@ def merge(
     given = dict(locals())
     for name in ("checkpoint", "target_dir", "progress"):
         del given[name]
+    options = _options(given)
     if isinstance(checkpoint, MergePlan):
-        plan = checkpoint
-    else:
-        plan = _plan(checkpoint, _options(given), progress)
+        _refuse_given(options, _PLAN_TIME - {"overwrite", "dry_run"}, "a plan", "plan_merge")
+    plan = checkpoint if isinstance(checkpoint, MergePlan) else _plan(checkpoint, options, progress)
     return carry_out(plan, target_dir, overwrite=overwrite, dry_run=dry_run, progress=progress)
 
 
@@ -159,6 +158,8 @@ def _plan(checkpoint: Checkpoint | PathLike, options: MergeOptions, progress: bo
             mesh_dim_names=options.mesh_dim_names, mesh_shape=options.mesh_shape, placements=options.placements,
             workers=options.workers, progress=progress,
         )  # fmt: skip
+    else:
+        _refuse_given(options, _OPEN_TIME, "an opened checkpoint", "open_checkpoint")
     config_dir = _config_dir(options.hf_model_config_path) or checkpoint.config_dir
     if config_dir is None:
         raise ConfigError(
@@ -175,10 +176,23 @@ def _plan(checkpoint: Checkpoint | PathLike, options: MergeOptions, progress: bo
     return make_plan(checkpoint, model, options)
 
 
+_OPEN_TIME = {"backend", "mesh_dim_names", "mesh_shape", "placements", "trust_pickle"}
+_PLAN_TIME = set(MergeOptions.__dataclass_fields__)
+
+
+def _refuse_given(options: MergeOptions, names: Set[str], what: str, where: str) -> None:
+    """Raises OptionError for options that come too late: what they would change is made already."""
+    late = [name for name in options.given() if name in names]
+    if late:
+        raise OptionError(
+            f"{', '.join(late)} cannot change {what}", fix=f"pass {'it' if len(late) == 1 else 'them'} to {where}"
+        )
+
+
 def _options(given: Mapping[str, Any]) -> MergeOptions:
     """The options dataclass, with paths and numbers as the text that the command line has."""
     as_text = {"hf_model_config_path", "max_shard_size", "base_model", "placements"}
-    values = {
+    values: dict[str, Any] = {
         name: str(value) if name in as_text and value is not None and not isinstance(value, Mapping) else value
         for name, value in given.items()
     }

@@ -146,8 +146,7 @@ def summarise(problems: Sequence[Problem], *, shown: int = 3) -> list[str]:
         kinds.setdefault((problem.why, problem.fix), []).append(problem)
     lines: list[str] = []
     for (why, fix), members in kinds.items():
-        for problem in members[:shown]:
-            lines.append(f"- {problem.what}" + (f" ({problem.where})" if problem.where else ""))
+        lines += [f"- {problem.what}" + (f" ({problem.where})" if problem.where else "") for problem in members[:shown]]
         if len(members) > shown:
             lines.append(f"- … and {len(members) - shown:,} more like these")
         if why:

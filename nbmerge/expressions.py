@@ -79,9 +79,7 @@ class Stored(Expr):
         """Whether the elements lie in the file row by row without gaps."""
         return all(
             size == 1 or stride == want
-            for size, stride, want in zip(
-                self._shape, self.strides, contiguous_strides(self._shape), strict=True
-            )
+            for size, stride, want in zip(self._shape, self.strides, contiguous_strides(self._shape), strict=True)
         )
 
     def region(self, box: Box) -> Stored:

@@ -185,9 +185,8 @@ def tiling_faults(shape: Shape, boxes: Iterable[Box]) -> list[str]:
         open_boxes: list[Box] = []
         for box in sorted(filled, key=lambda box: box.offset[axis]):
             open_boxes = [other for other in open_boxes if other.stop[axis] > box.offset[axis]]
-            for other in open_boxes:
-                if common := box.intersect(other):
-                    faults.append(f"{box} and {other} overlap in {common}")
+            common = [(other, box.intersect(other)) for other in open_boxes]
+            faults += [f"{box} and {other} overlap in {both}" for other, both in common if both is not None]
             open_boxes.append(box)
     elif len(filled) > 1:
         faults.append(f"{len(filled)} pieces of a 0-d tensor")
@@ -226,17 +225,13 @@ def boxes_of_run(shape: Shape, start: int, length: int) -> list[Box]:
     first, inside = divmod(start, row)
     if inside:
         head = min(row - inside, length)
-        boxes += [
-            Box((first, *box.offset), (1, *box.shape)) for box in boxes_of_run(shape[1:], inside, head)
-        ]
+        boxes += [Box((first, *box.offset), (1, *box.shape)) for box in boxes_of_run(shape[1:], inside, head)]
         first, length = first + 1, length - head
     whole, tail = divmod(length, row)
     if whole:
         boxes.append(Box((first, *(0,) * (len(shape) - 1)), (whole, *shape[1:])))
     if tail:
-        boxes += [
-            Box((first + whole, *box.offset), (1, *box.shape)) for box in boxes_of_run(shape[1:], 0, tail)
-        ]
+        boxes += [Box((first + whole, *box.offset), (1, *box.shape)) for box in boxes_of_run(shape[1:], 0, tail)]
     return boxes
 
 

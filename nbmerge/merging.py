@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 from nbmerge.engine.events import Listener
@@ -46,7 +45,8 @@ def write_and_publish(plan: MergePlan, target: Target, listener: Listener) -> Me
                 discard(target)  # what was written of it cannot be trusted
                 raise
             digests = {f.name: sha256_of(directory / f.name) for f in plan.files} if plan.options.digests else {}
-            content = receipt(plan, digests)
+            drift = (*plan.drift, *outcome.drift)
+            content = receipt(plan, digests, drift)
             write_synced(directory / RECEIPT_NAME, encoded(content))
             publish(target)
     except OSError as error:
@@ -64,6 +64,7 @@ def write_and_publish(plan: MergePlan, target: Target, listener: Listener) -> Me
         seconds=outcome.seconds,
         written_bytes=outcome.written_bytes,
         reused=outcome.reused,
+        drift=drift,
         verification=verification,
         receipt=content,
     )
@@ -103,4 +104,3 @@ def _write_side_files(plan: MergePlan, directory: Path) -> None:
             write_synced(path, file.content)
         elif file.source is not None:
             write_synced(path, file.source.read_bytes())
-            shutil.copystat(file.source, path)

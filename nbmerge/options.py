@@ -28,7 +28,10 @@ class MergeOptions:
 
     backend: str = _option("auto", "the layout's loader; auto recognises it", choices=BACKENDS)
     hf_model_config_path: str | None = _option(
-        None, "directory of config.json and tokenizer, for a checkpoint without huggingface/", metavar="DIR", path=True
+        None,
+        "directory of config.json and tokenizer, for a checkpoint without huggingface/",
+        metavar="DIR",
+        path=True,
     )
     dtype: str | None = _option(None, "cast floating weights, e.g. bfloat16; default: as stored", shapes=True)
     max_shard_size: str = _option("5GB", "largest safetensors file, e.g. 5GB or 500MB", shapes=True)
@@ -50,7 +53,9 @@ class MergeOptions:
         None, "override: JSON file of name pattern → placements, e.g. {\"*\": [\"Shard(0)\"]}", shapes=True,
         metavar="FILE", path=True,
     )  # fmt: skip
-    base_model: str | None = _option(None, "directory of a base model that fills what is missing", shapes=True, metavar="DIR", path=True)
+    base_model: str | None = _option(
+        None, "directory of a base model that fills what is missing", shapes=True, metavar="DIR", path=True
+    )
     lora: str | None = _option(None, "split, fold or adapter", shapes=True)
     weights: str | None = _option(None, "master or model, for checkpoints that hold both", shapes=True)
     hf_upload_path: str | None = _option(None, "user/name of a Hub repository to upload to", metavar="REPO")
@@ -94,7 +99,9 @@ def _floating(text: str) -> None:
     except KeyError as error:
         raise OptionError(str(error.args[0]), fix="for example dtype='bfloat16'") from error
     if not floating:
-        raise OptionError(f"dtype={text!r} would round every weight to an integer", fix="a floating type, e.g. bfloat16")
+        raise OptionError(
+            f"dtype={text!r} would round every weight to an integer", fix="a floating type, e.g. bfloat16"
+        )
 
 
 def parse_size(text: str | int) -> int:

@@ -12,7 +12,9 @@ from typing import Any
 from nbmerge.errors import OptionError
 from nbmerge.geometry import REPLICATE, Placement
 
-_SHARD = re.compile(r"_?(?:Shard|StridedShard)\(\s*(?:dim\s*=\s*)?(\d+)\s*(?:,\s*(?:sf|split_factor)\s*=\s*(\d+)\s*)?\)")
+_SHARD = re.compile(
+    r"_?(?:Shard|StridedShard)\(\s*(?:dim\s*=\s*)?(\d+)\s*(?:,\s*(?:sf|split_factor)\s*=\s*(\d+)\s*)?\)"
+)
 
 
 def read_placements(given: str | os.PathLike[str] | Mapping[str, Any]) -> dict[str, tuple[Placement, ...]]:

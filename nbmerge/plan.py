@@ -78,17 +78,31 @@ class CastNote:
 
 @dataclass(frozen=True, slots=True)
 class Equality:
-    """Two tensors that must hold the same bytes. what: the sentence to say where they don't."""
+    """Two tensors that should hold the same bytes, of which only `a` is written.
+
+    what: the sentence to say where they don't. must: whether a difference forbids the merge. Copies of one
+    piece on several ranks may drift apart in training; a tied weight that differs would be lost.
+    """
 
     name: str
     what: str
     a: Expr
     b: Expr
+    must: bool
 
     @property
     def nbytes(self) -> int:
         """Bytes of one of the two."""
         return self.a.nbytes
+
+
+@dataclass(frozen=True, slots=True)
+class Drift:
+    """Copies of one piece that training left different: the first index of the piece where they differ."""
+
+    name: str
+    what: str
+    index: Shape
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +124,8 @@ class MergePlan(Displayed):
 
     files: the safetensors files; side_files: config, tokenizer, index, receipt's companions;
     expected: the shapes that the model class wants by output name; unloaded: outputs that it knows and ignores;
-    compared: bytes that were compared while planning (small replicas); equalities: those that the copy compares.
+    probed: small tensors that were compared while planning; equalities: large ones that the copy compares;
+    drift: copies on several ranks that were found to differ, of which the lowest rank's is written.
     """
 
     checkpoint: Checkpoint
@@ -129,6 +144,7 @@ class MergePlan(Displayed):
     config_edits: Mapping[str, tuple[object, object]] = field(default_factory=dict)
     probed: tuple[Equality, ...] = ()
     equalities: tuple[Equality, ...] = ()
+    drift: tuple[Drift, ...] = ()
     problems: tuple[Problem, ...] = ()
     versions: Mapping[str, str] = field(default_factory=dict)
 

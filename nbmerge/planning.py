@@ -6,22 +6,20 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 from nbmerge import expressions as ex
 from nbmerge.dtypes import DType, parse_dtype
-from nbmerge.engine.execute import difference
+from nbmerge.engine.comparison import Comparison
 from nbmerge.engine.safetensors_file import deal, index_json
 from nbmerge.engine.sources import LocalFiles
-from nbmerge.errors import ConfigError, Problem, SpaceError, listing, plural
-from nbmerge.expressions import Cast, Compute, Expr, Stored
-from nbmerge.geometry import Shape
-from nbmerge.layout import Checkpoint, LazyTensor
+from nbmerge.errors import Problem, plural
+from nbmerge.expressions import Cast, Compute, Expr
+from nbmerge.layout import Checkpoint
 from nbmerge.naming.model import HFModel, ModelFacts
 from nbmerge.naming.published import Named, Tie, name_tensors
 from nbmerge.options import MergeOptions, parse_size
-from nbmerge.plan import CastNote, Equality, Execution, MergePlan, OutputFile, SideFile
+from nbmerge.plan import CastNote, Drift, Equality, Execution, MergePlan, OutputFile, SideFile
 
 _BUFFER = 8 * 2**20  # bytes a worker puts together in memory at a time
 _PROBED = 2**20  # bytes of one tensor's replicas that are compared while planning
@@ -42,7 +40,8 @@ def make_plan(checkpoint: Checkpoint, model: HFModel, options: MergeOptions) -> 
     files = deal(outputs, parse_size(options.max_shard_size))
     edits, config = _edited_config(model, outputs, options, facts)
     probed, equalities = _comparisons(checkpoint, named.ties)
-    problems = [*checkpoint.problems, *named.problems, *_unsafe_names(outputs), *_probe(probed)]
+    drift, unequal = _probe(probed)
+    problems = [*checkpoint.problems, *named.problems, *_unsafe_names(outputs), *unequal]
     return MergePlan(
         checkpoint=checkpoint,
         options=options,
@@ -60,6 +59,7 @@ def make_plan(checkpoint: Checkpoint, model: HFModel, options: MergeOptions) -> 
         config_edits=edits,
         probed=probed,
         equalities=equalities,
+        drift=drift,
         problems=tuple(problems),
         versions=versions(),
     )
@@ -139,8 +139,10 @@ def _side_files(model: HFModel, files: tuple[OutputFile, ...], config: bytes | N
         if path.name in ("fsdp_config.json", "config.json") or path.suffix in (".lock", ".log"):
             continue
         yield SideFile(path.name, source=path)
-    yield SideFile("config.json", content=config) if config else SideFile(
-        "config.json", source=model.config_dir / "config.json"
+    yield (
+        SideFile("config.json", content=config)
+        if config
+        else SideFile("config.json", source=model.config_dir / "config.json")
     )
     if len(files) > 1:
         yield SideFile("model.safetensors.index.json", content=index_json(files))
@@ -152,9 +154,7 @@ def _unsafe_names(outputs: Mapping[str, Expr]) -> list[Problem]:
     return [Problem(f"{name[:80]!r} cannot be a tensor's name in a safetensors file") for name in bad]
 
 
-def _comparisons(
-    checkpoint: Checkpoint, ties: tuple[Tie, ...]
-) -> tuple[tuple[Equality, ...], tuple[Equality, ...]]:
+def _comparisons(checkpoint: Checkpoint, ties: tuple[Tie, ...]) -> tuple[tuple[Equality, ...], tuple[Equality, ...]]:
     """What must be equal: replicas of one piece, and both sides of a tie. Small ones are compared while planning.
 
     As many replicas of a tensor as fit in 1 MiB are compared, and at least one.
@@ -178,21 +178,25 @@ def _replicas(checkpoint: Checkpoint) -> Iterator[Equality]:
                 continue
             count = max(_PROBED // max(chunk.stored.nbytes, 1), 1)
             for rank, replica in chunk.replicas[:count]:
-                what = f"ranks {chunk.rank} and {rank} hold copies of {tensor.name}{chunk.box}, which must be the same"
-                yield Equality(tensor.name, what, chunk.stored, replica)
+                what = f"ranks {chunk.rank} and {rank} hold copies of {tensor.name}{chunk.box}"
+                yield Equality(tensor.name, what, chunk.stored, replica, must=False)
 
 
 def _ties(ties: tuple[Tie, ...]) -> Iterator[Equality]:
     for tie in ties:
         a, b = tie.stored, tie.kept_stored
         if a is not None and b is not None and a.shape == b.shape and a.dtype == b.dtype and a != b:
-            yield Equality(tie.name, f"it is tied to {tie.kept}, so both must be the same", a, b)
+            what = f"{tie.name} is tied to {tie.kept}, and the checkpoint holds other values for it"
+            yield Equality(tie.name, what, a, b, must=True)
 
 
-def _probe(equalities: tuple[Equality, ...]) -> list[Problem]:
+def _probe(equalities: tuple[Equality, ...]) -> tuple[tuple[Drift, ...], list[Problem]]:
+    """Compares the small ones now."""
+    found = Comparison()
     with LocalFiles() as sources:
-        found = [difference(equality, _BUFFER, sources) for equality in equalities]
-    return [problem for problem in found if problem is not None]
+        for equality in equalities:
+            found.compare(equality, _BUFFER, sources)
+    return tuple(found.drift), found.problems
 
 
 def _execution(files: tuple[OutputFile, ...], options: MergeOptions) -> Execution:

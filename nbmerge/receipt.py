@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from nbmerge.plan import MergePlan
+from nbmerge.plan import Drift, MergePlan
 
 RECEIPT_NAME = "nbmerge_receipt.json"
 _SCHEMA = 1
 _CHUNK = 2**20
 
 
-def receipt(plan: MergePlan, digests: Mapping[str, str]) -> dict[str, Any]:
-    """The receipt of a plan that was carried out. digests: sha256 by file name, or empty."""
+def receipt(plan: MergePlan, digests: Mapping[str, str], drift: Sequence[Drift]) -> dict[str, Any]:
+    """The receipt of a plan that was carried out. digests: sha256 by file name, or empty; drift: copies that differ."""
     checkpoint = plan.checkpoint
     return {
         "schema": _SCHEMA,
@@ -31,15 +31,12 @@ def receipt(plan: MergePlan, digests: Mapping[str, str]) -> dict[str, Any]:
             "config_dir": str(checkpoint.config_dir),
             "overrides": dict(checkpoint.overrides),
             "files": [
-                {"name": f.path.name, "role": f.role, "bytes": f.size, "mtime_ns": f.mtime_ns}
-                for f in checkpoint.files
+                {"name": f.path.name, "role": f.role, "bytes": f.size, "mtime_ns": f.mtime_ns} for f in checkpoint.files
             ],
         },
         "options": _plain(plan.options.given()),
         "model": {"class": plan.model_class, "source_names": plan.dialect, "renamed": plan.renamed},
-        "casts": [
-            {"tensor": cast.name, "from": cast.before.name, "to": cast.after.name} for cast in plan.casts
-        ],
+        "casts": [{"tensor": cast.name, "from": cast.before.name, "to": cast.after.name} for cast in plan.casts],
         "drops": [{"tensor": drop.name, "reason": drop.reason} for drop in plan.drops],
         "ties": [{"tensor": tie.name, "kept": tie.kept} for tie in plan.ties],
         "trims": [],
@@ -48,6 +45,10 @@ def receipt(plan: MergePlan, digests: Mapping[str, str]) -> dict[str, Any]:
         "unloaded": list(plan.unloaded),
         "config_edits": {key: {"from": a, "to": b} for key, (a, b) in plan.config_edits.items()},
         "compared": [equality.name for equality in (*plan.probed, *plan.equalities)],
+        "drift": [
+            {"tensor": d.name, "what": d.what, "first_index": list(d.index), "written": "the lowest rank's"}
+            for d in drift
+        ],
         "files": [
             {
                 "name": file.name,

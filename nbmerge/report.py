@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nbmerge.plan import MergePlan
+from nbmerge.plan import Drift, MergePlan
 from nbmerge.shown import Displayed
 from nbmerge.verification import Verification
 
@@ -17,7 +17,8 @@ class MergeReport(Displayed):
     """What was done. After a dry run only the plan: nothing was written, and `verification` is None.
 
     target: the directory that was written; seconds: of writing; written_bytes: what this run wrote;
-    reused: files that an earlier, interrupted run had finished; receipt: as it stands in the directory.
+    reused: files that an earlier, interrupted run had finished; drift: copies on several ranks that differ;
+    receipt: as it stands in the directory.
     """
 
     plan: MergePlan
@@ -25,6 +26,7 @@ class MergeReport(Displayed):
     seconds: float = 0.0
     written_bytes: int = 0
     reused: tuple[str, ...] = ()
+    drift: tuple[Drift, ...] = ()
     verification: Verification | None = None
     receipt: Mapping[str, Any] | None = None
 

@@ -45,10 +45,19 @@ def verify(plan: MergePlan, directory: Path) -> Verification:
     ]
     if problems:
         raise VerificationError(
-            "\n".join([f"the result did not verify ({len(problems)} findings); it was not published", *summarise(problems)])
+            "\n".join(
+                [
+                    f"the result did not verify ({len(problems)} findings); it was not published",
+                    *summarise(problems),
+                ]
+            )
         )
     return Verification(
-        len(plan.files), len(found), sum(entry.nbytes for _, entry in found.values()), plan.model_class, len(plan.unloaded)
+        len(plan.files),
+        len(found),
+        sum(entry.nbytes for _, entry in found.values()),
+        plan.model_class,
+        len(plan.unloaded),
     )
 
 
@@ -71,8 +80,7 @@ def _read_all(plan: MergePlan, directory: Path, problems: list[Problem]) -> dict
 
 def _against_plan(plan: MergePlan, found: dict[str, tuple[str, Entry]], problems: list[Problem]) -> None:
     planned = plan.tensors
-    for name in planned.keys() - found.keys():
-        problems.append(Problem(f"{name} is missing"))
+    problems += [Problem(f"{name} is missing") for name in planned.keys() - found.keys()]
     for name, (file, entry) in found.items():
         if name not in planned:
             problems.append(Problem(f"{name} was not planned", where=file))

@@ -33,9 +33,7 @@ class ProgressBar:
         from tqdm.auto import tqdm
 
         self._close()
-        self._bar = tqdm(
-            total=event.total, desc=event.phase, unit="B", unit_scale=True, leave=False, delay=self._delay
-        )
+        self._bar = tqdm(total=event.total, desc=event.phase, unit="B", unit_scale=True, leave=False, delay=self._delay)
 
     def _close(self) -> None:
         if self._bar is not None:

@@ -130,7 +130,7 @@ def carry_out(job: Job, target: int, sources: LocalFiles) -> None:
         return
     buffer = words(job.region.shape, job.expr.dtype)
     fill(buffer, job.region, job.parts, sources)
-    write_all(target, memoryview(buffer.reshape(-1).view(np.uint8)), job.offset)
+    write_all(target, buffer.reshape(-1).view(np.uint8).data, job.offset)
 
 
 def copy_run(source: int, target: int, run: Run) -> None:
@@ -138,9 +138,7 @@ def copy_run(source: int, target: int, run: Run) -> None:
     done = 0
     while done < run.length:
         try:
-            count = os.copy_file_range(
-                source, target, run.length - done, run.source_offset + done, run.offset + done
-            )
+            count = os.copy_file_range(source, target, run.length - done, run.source_offset + done, run.offset + done)
         except OSError as error:
             if error.errno not in _NO_KERNEL_COPY:
                 raise

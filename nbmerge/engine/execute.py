@@ -5,22 +5,18 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from nbmerge.engine import copy
+from nbmerge.engine.comparison import Comparison
 from nbmerge.engine.events import Advanced, Ended, FileDone, Listener, Started, silent
-from nbmerge.engine.lower import blocks
-from nbmerge.engine.read import read
 from nbmerge.engine.sources import LocalFiles
-from nbmerge.errors import InconsistentCheckpointError, Problem, summarise
-from nbmerge.expressions import Stored
-from nbmerge.plan import Equality, MergePlan, OutputFile
+from nbmerge.errors import InconsistentCheckpointError, summarise
+from nbmerge.plan import Drift, Equality, MergePlan, OutputFile
 
 PART = ".part"
 _PENDING_PER_WORKER = 4
@@ -28,11 +24,12 @@ _PENDING_PER_WORKER = 4
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What the engine did: seconds, bytes written, names of the files that an earlier run had written."""
+    """What the engine did: seconds, bytes written, files that an earlier run had written, copies that differ."""
 
     seconds: float
     written_bytes: int
     reused: tuple[str, ...]
+    drift: tuple[Drift, ...]
 
 
 class Pool:
@@ -100,9 +97,9 @@ def write_files(plan: MergePlan, directory: Path, listener: Listener = silent) -
                 continue
             _write_file(file, path, plan.execution.buffer_bytes, sources, pool, listener)
             written += file.size
-        compare(plan.equalities, plan.execution.buffer_bytes, sources, pool, listener)
+        drift = _compare(plan, sources, pool, listener)
     listener(Ended("writing"))
-    return Outcome(time.perf_counter() - start, written, tuple(reused))
+    return Outcome(time.perf_counter() - start, written, tuple(reused), drift)
 
 
 def _is_whole(path: Path, file: OutputFile) -> bool:
@@ -153,43 +150,21 @@ def _task(job: copy.Job, target: int, sources: LocalFiles, listener: Listener) -
     return work
 
 
-def compare(
-    equalities: Iterable[Equality], buffer_bytes: int, sources: LocalFiles, pool: Pool, listener: Listener = silent
-) -> None:
-    """Compares pairs of tensors block by block. Raises InconsistentCheckpointError that lists all that differ."""
-    problems: list[Problem] = []
+def _compare(plan: MergePlan, sources: LocalFiles, pool: Pool, listener: Listener) -> tuple[Drift, ...]:
+    """Compares what the plan says must be compared. Raises InconsistentCheckpointError where it forbids the merge."""
+    found = Comparison()
 
     def task(equality: Equality) -> Callable[[], None]:
         def work() -> None:
-            if problem := difference(equality, buffer_bytes, sources):
-                problems.append(problem)
+            found.compare(equality, plan.execution.buffer_bytes, sources)
             listener(Advanced(equality.nbytes))
 
         return work
 
-    for equality in equalities:
+    for equality in plan.equalities:
         pool.submit(task(equality))
     pool.drain()
-    if problems:
-        raise InconsistentCheckpointError(
-            "\n".join([f"{len(problems)} tensors that must be equal are not", *summarise(problems)])
-        )
-
-
-def difference(equality: Equality, buffer_bytes: int, sources: LocalFiles) -> Problem | None:
-    """The first element in which the two tensors differ, as a problem; None where they are equal."""
-    for region in blocks(equality.a.shape, equality.a.dtype.itemsize, buffer_bytes):
-        a, b = read(equality.a, region, sources), read(equality.b, region, sources)
-        unequal = a != b
-        if unequal.any():
-            index = tuple(int(i[0]) + o for i, o in zip(np.nonzero(unequal), region.offset, strict=True))
-            files = [expr.file for expr in (equality.a, equality.b) if isinstance(expr, Stored)]
-            return Problem(
-                f"{equality.name} differs at {list(index)}",
-                where=" and ".join(dict.fromkeys(files)),
-                why=equality.what,
-                fix="copy all ranks' files again from one step; if training really left them different, "
-                "choose one with --placements, or untie the embeddings in config.json",
-                kind="contradiction",
-            )
-    return None
+    if found.problems:
+        title = f"{len(found.problems)} tensors differ from what they are tied to"
+        raise InconsistentCheckpointError("\n".join([title, *summarise(found.problems)]))
+    return tuple(found.drift)

@@ -81,9 +81,7 @@ def _read_stored(stored: Stored, window: Words, sources: Sources) -> None:
         strides = tuple(stride * size for stride in stored.strides)
         window[...] = np.lib.stride_tricks.as_strided(buffer, stored.shape, strides)
         return
-    axis = max(
-        (dim for dim, n in enumerate(stored.shape) if n > 1), key=lambda dim: stored.strides[dim], default=0
-    )
+    axis = max((dim for dim, n in enumerate(stored.shape) if n > 1), key=lambda dim: stored.strides[dim], default=0)
     for row in range(stored.shape[axis]):
         offset = tuple(row if dim == axis else 0 for dim in range(len(stored.shape)))
         shape = tuple(1 if dim == axis else n for dim, n in enumerate(stored.shape))
@@ -102,7 +100,8 @@ def evaluate(expr: Expr, region: Box, sources: Sources) -> Words:
     if isinstance(expr, Permute):
         back = [expr.dims.index(dim) for dim in range(len(expr.dims))]
         source = Box(tuple(region.offset[d] for d in back), tuple(region.shape[d] for d in back))
-        return evaluate(expr.source, source, sources).transpose(expr.dims)
+        permuted: Words = evaluate(expr.source, source, sources).transpose(expr.dims)
+        return permuted
     target = words(region.shape, expr.dtype)
     if isinstance(expr, Reshape):
         for new, old in reshape_box(expr.shape, expr.source.shape, region):

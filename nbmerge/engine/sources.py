@@ -60,7 +60,7 @@ class LocalFiles:
 
     def read_into(self, file: str, offset: int, buffer: Bytes) -> None:
         """Fills the buffer from the file. Raises CorruptFileError where the file ends before."""
-        view = memoryview(buffer).cast("B") if buffer.size else memoryview(b"")
+        view = buffer.data.cast("B") if buffer.size else memoryview(b"")
         done = 0
         with self.descriptor(file) as fd:
             while done < len(view):

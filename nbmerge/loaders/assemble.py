@@ -158,9 +158,7 @@ def global_shape(pieces: Mapping[int, Piece], mesh: Shape, placements: tuple[Pla
         seen: dict[Shape, int] = {}
         for rank, piece in pieces.items():
             coordinate = unravel(rank, mesh)
-            if isinstance(piece, PlainPiece) and all(
-                coordinate[i] == 0 for i in range(len(mesh)) if i not in cut
-            ):
+            if isinstance(piece, PlainPiece) and all(coordinate[i] == 0 for i in range(len(mesh)) if i not in cut):
                 seen[tuple(coordinate[i] for i in cut)] = piece.stored.shape[dim]
         shape[dim] = sum(seen.values())
     return tuple(shape)

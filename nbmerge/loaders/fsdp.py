@@ -141,7 +141,9 @@ def _fsdp_version(directory: Path, world_size: int) -> int | None:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise CheckpointError(
-            f"fsdp_config.json is no JSON: {error}", where=str(path), fix="delete it: the file names say enough"
+            f"fsdp_config.json is no JSON: {error}",
+            where=str(path),
+            fix="delete it: the file names say enough",
         ) from error
     said = config.get("world_size", world_size)
     if said != world_size:
@@ -182,7 +184,8 @@ def _check_overrides(overrides: Overrides, world_size: int) -> None:
     for pattern, placements in overrides.placements.items():
         if len(placements) != len(mesh):
             raise OptionError(
-                f"--placements gives {plural(len(placements), 'placement')} for {pattern!r}, the mesh has {len(mesh)} dimensions",
+                f"--placements gives {plural(len(placements), 'placement')} for {pattern!r}, "
+                f"the mesh has {len(mesh)} dimensions",
                 fix="give one placement for each mesh dimension",
             )
 
@@ -253,8 +256,7 @@ def _overridden(pieces: dict[str, dict[int, Piece]], overrides: Overrides) -> di
         if placements is not None:
             shape = global_shape(by_rank, mesh, placements)
             result[name] = {
-                rank: override(piece, names, mesh, placements, rank, shape) or piece
-                for rank, piece in by_rank.items()
+                rank: override(piece, names, mesh, placements, rank, shape) or piece for rank, piece in by_rank.items()
             }
     return result
 
@@ -300,7 +302,9 @@ def _as_error(problems: list[Problem], directory: Path) -> CheckpointError:
 
 def _source_files(found: _Directory) -> tuple[SourceFile, ...]:
     return tuple(
-        SourceFile.of(path, _ROLES[role]) for (role, _), ranks in found.files.items() for _, path in sorted(ranks.items())
+        SourceFile.of(path, _ROLES[role])
+        for (role, _), ranks in found.files.items()
+        for _, path in sorted(ranks.items())
     )
 
 

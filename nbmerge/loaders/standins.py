@@ -136,6 +136,8 @@ class _Callable:
 
     __slots__ = ("_function",)
 
+    _function: Any
+
     def __init__(self, function: Any) -> None:
         object.__setattr__(self, "_function", function)
 
@@ -154,7 +156,11 @@ def _getattr(owner: Any, name: Any) -> Any:
     """`getattr` as ShardedTensor's pickles use it: to name a class inside ShardedTensor's own module."""
     if owner is ShardedTensor and name in ("ProcessGroupState",):
         return Opaque
-    if owner is Opaque and name in ("TORCH_CONTIGUOUS_FORMAT", "TORCH_CHANNELS_LAST", "TORCH_PRESERVE_FORMAT"):
+    if owner is Opaque and name in (
+        "TORCH_CONTIGUOUS_FORMAT",
+        "TORCH_CHANNELS_LAST",
+        "TORCH_PRESERVE_FORMAT",
+    ):
         return Opaque
     raise TypeError(f"getattr({owner!r}, {name!r}) is not on the allow-list")
 

@@ -133,7 +133,7 @@ def run(unpickler: pickle.Unpickler, path: Path) -> Any:
         return unpickler.load()
     except (UnsafePickleError, CorruptFileError):
         raise
-    except Exception as error:  # noqa: BLE001 - a damaged pickle can fail in any way
+    except Exception as error:
         raise CorruptFileError(
             f"the pickle cannot be read: {type(error).__name__}: {error}",
             where=str(path),

@@ -97,7 +97,12 @@ def _remote_class(source: HFModel, config: Any) -> Any:
     """The class that the checkpoint's own code defines; only with trust_remote_code."""
     from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-    for auto in ("AutoModelForCausalLM", "AutoModelForTokenClassification", "AutoModelForImageTextToText", "AutoModel"):
+    for auto in (
+        "AutoModelForCausalLM",
+        "AutoModelForTokenClassification",
+        "AutoModelForImageTextToText",
+        "AutoModel",
+    ):
         if auto in config.auto_map:
             return get_class_from_dynamic_module(config.auto_map[auto], str(source.config_dir))
     raise unknown_class(source.architecture, [])

@@ -139,7 +139,6 @@ def unknown_class(architecture: str | None, known: list[str]) -> ConfigError:
     """No class of transformers has this name."""
     return ConfigError(
         f"transformers has no class {architecture!r}" if architecture else "config.json names no architecture",
-        why="the class decides which tensors belong to the model"
-        + (f"; near: {listing(known)}" if known else ""),
+        why="the class decides which tensors belong to the model" + (f"; near: {listing(known)}" if known else ""),
         fix="update transformers, or pass --trust-remote-code if the class is in the checkpoint's own files",
     )

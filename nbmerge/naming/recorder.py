@@ -23,11 +23,11 @@ def dtype_of(tensor: torch.Tensor) -> DType:
     return parse_dtype(str(tensor.dtype))
 
 
-class Recorder(TorchDispatchMode):
+class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves __init_subclass__ untyped
     """While active, follows every meta tensor that came out of `input`."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._exprs: dict[int, Expr] = {}
         self._alive: list[torch.Tensor] = []  # an id is a tensor's only as long as the tensor lives
 
@@ -122,13 +122,14 @@ def _unbind(args: Sequence[Any], outputs: list[torch.Tensor]) -> list[Expr]:
 
 
 def _slice(args: Sequence[Any], outputs: list[torch.Tensor]) -> Expr:
-    source, dim, start, _, step = [*args, *(0, 0, None, 1)[len(args) - 1 :]]
+    source: Expr = args[0]
+    dim, start, _, step = [*args[1:], *[0, None, None, 1][len(args) - 1 :]]
     if step != 1:
         raise NotImplementedError(f"a slice with step {step}")
-    dim %= len(source.shape)
-    start = start or 0
-    start = max(start + source.shape[dim], 0) if start < 0 else start
-    return ex.narrow(source, dim, min(start, source.shape[dim]), outputs[0].shape[dim])
+    size = source.shape[dim]
+    first = int(start or 0)
+    first = max(first + size, 0) if first < 0 else min(first, size)
+    return ex.narrow(source, dim % len(source.shape), first, outputs[0].shape[dim])
 
 
 def _select(args: Sequence[Any], outputs: list[torch.Tensor]) -> Expr:

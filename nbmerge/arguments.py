@@ -1,0 +1,79 @@
+"""One parser for the command line and the magics, made from the options dataclasses.
+
+Flags are spelled with `_` or `-`, as the user likes.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import fields
+from typing import Any, NoReturn
+
+from nbmerge.errors import OptionError
+from nbmerge.options import MergeOptions
+
+
+class HelpRequested(Exception):
+    """`--help` was given; the message is the help."""
+
+
+class UsageError(OptionError):
+    """The words of a command do not fit its options. `usage` is its usage line."""
+
+    def __init__(self, what: str, usage: str) -> None:
+        self.usage = usage
+        super().__init__(what, fix=usage)
+
+
+class _HelpAction(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        raise HelpRequested(parser.format_help())
+
+
+class Parser(argparse.ArgumentParser):
+    """An argparse parser that raises instead of exiting, so that a notebook's kernel lives."""
+
+    def __init__(self, prog: str, description: str) -> None:
+        super().__init__(
+            prog=prog, description=description, add_help=False, allow_abbrev=False,
+            formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=30, width=100),
+        )  # fmt: skip
+        self.add_argument("-h", "--help", nargs=0, action=_HelpAction, help="show this help")
+
+    def error(self, message: str) -> NoReturn:
+        """Raises UsageError."""
+        raise UsageError(message, f"{self.prog} --help lists the options")
+
+    def parse(self, words: Sequence[str]) -> argparse.Namespace:
+        """The options of these words. Raises UsageError or HelpRequested."""
+        return self.parse_args([with_underscores(word) for word in words])
+
+
+def with_underscores(word: str) -> str:
+    """`--max-shard-size=5GB` → `--max_shard_size=5GB`; what is no flag stays."""
+    if not word.startswith("--"):
+        return word
+    flag, equals, value = word.partition("=")
+    return "--" + flag[2:].replace("-", "_") + equals + value
+
+
+def add_merge_options(parser: argparse.ArgumentParser) -> None:
+    """A flag for every field of MergeOptions."""
+    for item in fields(MergeOptions):
+        keywords: dict[str, Any] = {"help": item.metadata["help"]}
+        if isinstance(item.default, bool):
+            keywords["action"] = "store_true"
+        else:
+            keywords["default"] = item.default
+            if item.name == "workers":
+                keywords["type"] = int
+            if choices := item.metadata.get("choices"):
+                keywords["choices"] = choices
+            keywords["metavar"] = item.metadata.get("metavar") or (None if choices else item.name.upper())
+        parser.add_argument(f"--{item.name}", **keywords)
+
+
+def merge_options(namespace: argparse.Namespace) -> dict[str, Any]:
+    """The merge's options in a namespace, as keywords of `nbmerge.merge`."""
+    return {item.name: getattr(namespace, item.name) for item in fields(MergeOptions)}

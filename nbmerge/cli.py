@@ -1,0 +1,126 @@
+"""`python -m nbmerge`: a thin shell over the functions. Exit code 0 only for a complete result."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from nbmerge.arguments import HelpRequested, Parser, UsageError, add_merge_options, merge_options
+from nbmerge.errors import NbmergeError, OptionError, plural, summarise
+
+OK, PROBLEM, USAGE, INTERRUPTED = 0, 1, 2, 130
+_PROGRAM = "python -m nbmerge"
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Runs a command and returns its exit code: 0 complete, 1 a problem, 2 usage."""
+    words = list(sys.argv[1:] if words is None else words)
+    if not words or words[0] in ("-h", "--help"):
+        print(_overview())
+        return OK if words else USAGE
+    command = _COMMANDS.get(words[0])
+    if command is None:
+        print(f"{_PROGRAM}: no command {words[0]!r}\n\n{_overview()}", file=sys.stderr)
+        return USAGE
+    try:
+        return command.run(words[1:])
+    except HelpRequested as help_text:
+        print(help_text)
+        return OK
+    except OptionError as error:
+        print(f"{_PROGRAM} {words[0]}: {error}", file=sys.stderr)
+        return USAGE
+    except NbmergeError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return PROBLEM
+    except KeyboardInterrupt:
+        print("interrupted; run the same command again to take up where it stopped", file=sys.stderr)
+        return INTERRUPTED
+    except OSError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return PROBLEM
+
+
+class _Command:
+    def __init__(self, name: str, summary: str, act: Callable[[argparse.Namespace], int]) -> None:
+        self.summary = summary
+        self._act = act
+        self.parser = Parser(f"{_PROGRAM} {name}", summary)
+        self.parser.add_argument("-v", "--verbose", action="store_true", help="debug messages")
+
+    def run(self, words: Sequence[str]) -> int:
+        options = self.parser.parse(words)
+        if options.verbose:
+            logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+            logging.getLogger("nbmerge").setLevel(logging.DEBUG)
+        return self._act(options)
+
+
+def _overview() -> str:
+    lines = [f"usage: {_PROGRAM} COMMAND --help", "", "commands:"]
+    return "\n".join(lines + [f"  {name:8} {command.summary}" for name, command in _COMMANDS.items()])
+
+
+def _merge(options: argparse.Namespace) -> int:
+    import nbmerge
+
+    given = merge_options(options)
+    _say_what_is_not_needed(given)
+    if options.target_dir is None and not options.dry_run:
+        raise UsageError("--target_dir is required", "pass the directory to write, or --dry_run")
+    report = nbmerge.merge(options.local_dir, options.target_dir, **given)
+    print(report)
+    return OK
+
+
+def _test(options: argparse.Namespace) -> int:
+    """verl's `test`: what the merge would write, against a directory, bit for bit."""
+    import nbmerge
+    from nbmerge.validator import differences
+
+    given = merge_options(options)
+    _say_what_is_not_needed(given)
+    plan = nbmerge.plan_merge(options.local_dir, **given)
+    plan.raise_if_problems()
+    problems = differences(plan, Path(options.test_hf_dir).expanduser())
+    if problems:
+        lines = summarise(problems)
+        print(
+            "\n".join([f"{plural(len(problems), 'difference')} from {options.test_hf_dir}", *lines]),
+            file=sys.stderr,
+        )
+        return PROBLEM
+    print(f"equal: {plural(len(plan.tensors), 'tensor')}, {plan.data_bytes:,} bytes, bit for bit")
+    return OK
+
+
+def _demo(options: argparse.Namespace) -> int:
+    from nbmerge.demo import run
+
+    return run(Path(options.dir).expanduser() if options.dir else None)
+
+
+def _say_what_is_not_needed(given: dict[str, Any]) -> None:
+    if given["use_cpu_initialization"]:
+        print("--use_cpu_initialization is not needed any more: a merge never uses a GPU", file=sys.stderr)
+
+
+def _commands() -> dict[str, _Command]:
+    merge = _Command("merge", "merge a checkpoint into a Hugging Face directory", _merge)
+    merge.parser.add_argument("--local_dir", required=True, metavar="CKPT", help="the checkpoint's directory")
+    merge.parser.add_argument("--target_dir", metavar="OUT", help="the directory to write; must not exist")
+    add_merge_options(merge.parser)
+    test = _Command("test", "compare what a merge would write with a directory, bit for bit", _test)
+    test.parser.add_argument("--local_dir", required=True, metavar="CKPT", help="the checkpoint's directory")
+    test.parser.add_argument("--test_hf_dir", required=True, metavar="REF", help="the directory to compare with")
+    add_merge_options(test.parser)
+    demo = _Command("demo", "make a small real FSDP checkpoint, merge it, and prove the result", _demo)
+    demo.parser.add_argument("--dir", metavar="DIR", help="keep checkpoint and result in this new directory")
+    return {"merge": merge, "test": test, "demo": demo}
+
+
+_COMMANDS = _commands()

@@ -1,0 +1,51 @@
+"""Compares two tensors bit by bit, a block at a time, wherever their bytes are."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from nbmerge.engine.lower import blocks
+from nbmerge.engine.read import read
+from nbmerge.engine.sources import Sources
+from nbmerge.errors import Problem
+from nbmerge.expressions import Expr
+from nbmerge.geometry import Shape
+from nbmerge.plan import Drift, Equality
+
+
+def first_difference(a: Expr, b: Expr, block_bytes: int, sources: Sources) -> Shape | None:
+    """The index of the first element whose bits differ; None where the tensors are equal.
+
+    Both have the same shape and dtype. Holds two blocks in memory.
+    """
+    for region in blocks(a.shape, a.dtype.itemsize, block_bytes):
+        unequal = read(a, region, sources) != read(b, region, sources)
+        if unequal.any():
+            at = np.unravel_index(int(unequal.argmax()), region.shape)
+            return tuple(int(i) + start for i, start in zip(at, region.offset, strict=True))
+    return None
+
+
+class Comparison:
+    """Collects what differs: as drift where the merge goes on, as problems where it must not. Thread-safe."""
+
+    def __init__(self) -> None:
+        self.drift: list[Drift] = []
+        self.problems: list[Problem] = []
+
+    def compare(self, equality: Equality, block_bytes: int, sources: Sources) -> None:
+        """Compares one pair."""
+        index = first_difference(equality.a, equality.b, block_bytes, sources)
+        if index is None:
+            return
+        if not equality.must:
+            self.drift.append(Drift(equality.name, equality.what, index))
+            return
+        self.problems.append(
+            Problem(
+                f"{equality.what}, first at {list(index)}",
+                why="config.json ties the two, but training moved them apart; writing one loses the other",
+                fix="set tie_word_embeddings to false in the config, and merge again",
+                kind="contradiction",
+            )
+        )
