@@ -21,7 +21,7 @@ from nbmerge.naming.published import Named, Tie, name_tensors
 from nbmerge.options import MergeOptions, parse_size
 from nbmerge.plan import CastNote, Drift, Equality, Execution, MergePlan, OutputFile, SideFile
 
-_BUFFER = 8 * 2**20  # bytes a worker puts together in memory at a time
+_BUFFER = 4 * 2**20  # bytes that a worker puts together in memory at a time
 _PROBED = 2**20  # bytes of one tensor's replicas that are compared while planning
 _PROBED_IN_ALL = 64 * 2**20
 _MAX_WORKERS = 8

@@ -43,7 +43,8 @@ def fill(target: Words, region: Box, parts: Sequence[Piece], sources: Sources) -
         if common is None:
             continue
         at = common.relative_to(region.offset)
-        window = target[tuple(slice(a, b) for a, b in zip(at.offset, at.stop, strict=True))]
+        # The ellipsis keeps this a view where there are no dimensions; without it numpy gives a copy of the element.
+        window = target[(*(slice(a, b) for a, b in zip(at.offset, at.stop, strict=True)), ...)]
         inside = common.relative_to(piece.box.offset)
         if isinstance(piece.leaf, Stored):
             _read_stored(piece.leaf.region(inside), window, sources)

@@ -1,0 +1,135 @@
+"""What a demonstration checkpoint is made of: model, layout, mesh and dtype, as plain data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from nbmerge.errors import OptionError
+
+# The mesh of each layout, outermost dimension first, and which of its dimensions FSDP shards over.
+# An empty mesh: the layout has none. Layouts that begin with fsdp1 use FullyShardedDataParallel, the rest fully_shard.
+_MESHES: Mapping[str, tuple[str, ...]] = {
+    "fsdp2": ("fsdp",),
+    "hsdp": ("dp_replicate", "fsdp"),
+    "fsdp_tp": ("fsdp", "tp"),
+    "ddp_fsdp_tp": ("ddp", "fsdp", "tp"),
+    "fsdp1": ("fsdp",),
+    "fsdp1_hsdp": ("ddp", "fsdp"),
+    "fsdp1_no_mesh": (),
+    "fsdp1_flat": (),
+    "plain": (),
+}
+LAYOUTS = tuple(_MESHES)
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """One checkpoint to make.
+
+    layout: one of LAYOUTS. `fsdp1_no_mesh` saves ShardedTensors, `fsdp1_flat` flat parameters (LOCAL_STATE_DICT,
+    which cannot be merged), `plain` the tensors of a world of one process.
+    arch: one of `nbmerge.demo.models.ARCHITECTURES`; config: values that replace those of its tiny config.
+    mesh_shape, mesh_dim_names: sizes and names of the mesh, in the order of the layout's own; by default every
+    dimension but the FSDP one has size 2.
+    tied: whether lm_head shares the embedding. use_orig_params: FSDP1's option of that name.
+    extra_buffers: adds a 0-d and a 1-d integer buffer that no model class knows. optimizer: also saves AdamW's state.
+
+    Raises OptionError for a combination that cannot be made.
+    """
+
+    layout: str = "fsdp2"
+    arch: str = "qwen2"
+    world_size: int = 4
+    mesh_shape: tuple[int, ...] | None = None
+    mesh_dim_names: tuple[str, ...] | None = None
+    dtype: str = "float32"
+    tied: bool = False
+    seed: int = 0
+    use_orig_params: bool = True
+    extra_buffers: bool = False
+    optimizer: bool = False
+    config: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, value, known in (("layout", self.layout, LAYOUTS), ("dtype", self.dtype, DTYPES)):
+            if value not in known:
+                raise OptionError(f"no {name} {value!r}", fix=f"one of {', '.join(known)}")
+        if self.layout == "plain" and self.world_size != 1:
+            raise OptionError(f"a plain checkpoint of {self.world_size} processes", fix="pass world_size=1")
+        names = _MESHES[self.layout]
+        for given in (self.mesh_shape, self.mesh_dim_names):
+            if given is not None and len(given) != len(names):
+                raise OptionError(f"the mesh of {self.layout} has {len(names)} dimensions, not {len(given)}")
+        if names and prod(self.mesh) != self.world_size:
+            raise OptionError(
+                f"a mesh of {' × '.join(map(str, self.mesh))} does not fit a world of {self.world_size} processes",
+                fix="pass world_size and mesh_shape that multiply to it",
+            )
+
+    @property
+    def mesh(self) -> tuple[int, ...]:
+        """Sizes of the device mesh, outermost first; () where the layout has none."""
+        if self.mesh_shape is not None:
+            return self.mesh_shape
+        names = _MESHES[self.layout]
+        rest = self.world_size // 2 ** (len(names) - 1) if names else 0
+        return tuple(rest if name == "fsdp" else 2 for name in names)
+
+    @property
+    def mesh_names(self) -> tuple[str, ...]:
+        """Names of the mesh's dimensions."""
+        return self.mesh_dim_names or _MESHES[self.layout]
+
+    @property
+    def has_tp(self) -> bool:
+        """Whether the innermost mesh dimension is tensor parallel."""
+        return _MESHES[self.layout][-1:] == ("tp",)
+
+    @property
+    def fsdp_version(self) -> int:
+        """1 for FullyShardedDataParallel, 2 for fully_shard."""
+        return 1 if self.layout.startswith("fsdp1") or self.layout == "plain" else 2
+
+    def to_json(self) -> dict[str, Any]:
+        """The recipe as JSON values."""
+        return asdict(self)
+
+    @staticmethod
+    def from_json(values: Mapping[str, Any]) -> Recipe:
+        """The recipe that `to_json` wrote."""
+        fields: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in values.items()
+        }
+        return Recipe(**fields)
+
+
+@dataclass(frozen=True)
+class DemoCheckpoint:
+    """A checkpoint that was made, and the truth beside it.
+
+    path: the per-rank files and huggingface/, as verl lays them out; reference: what `save_pretrained` wrote of the
+    whole model before it was sharded; state: a `.pt` file with the state dict of that model, by in-memory name.
+    """
+
+    directory: Path
+    recipe: Recipe
+
+    @property
+    def path(self) -> Path:
+        """The checkpoint directory."""
+        return self.directory / "global_step_0" / "actor"
+
+    @property
+    def reference(self) -> Path:
+        """The unsharded model as a Hugging Face directory."""
+        return self.directory / "reference"
+
+    @property
+    def state(self) -> Path:
+        """The unsharded state dict."""
+        return self.directory / "unsharded.pt"

@@ -1,0 +1,154 @@
+"""The processes that write checkpoints: `python -m nbmerge.demo.worker JOBS.json`, started by `launch`.
+
+It imports the frameworks once and then forks the ranks, which share that memory: a world of eight starts as fast as
+a world of two. Each world joins a real gloo process group on this machine.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import traceback
+from datetime import timedelta
+from multiprocessing import connection, get_context
+from multiprocessing.context import ForkProcess, SpawnProcess
+from pathlib import Path
+from typing import Any
+
+from nbmerge.demo.recipes import DemoCheckpoint, Recipe
+
+_COLLECTIVE_TIMEOUT = timedelta(seconds=60)
+# Where forking is not safe (macOS) or not possible (Windows) each rank imports for itself.
+_START = "fork" if sys.platform == "linux" else "spawn"
+
+
+def main(jobs_file: Path) -> int:
+    """Writes the checkpoints of a file of jobs; exit code 1 and a traceback on stderr where a rank fails."""
+    jobs = [
+        DemoCheckpoint(Path(job["directory"]), Recipe.from_json(job["recipe"]))
+        for job in json.loads(jobs_file.read_text(encoding="utf-8"))
+    ]
+    _import_frameworks(jobs)
+    for world_size in sorted({job.recipe.world_size for job in jobs}):
+        failure = _run_world([job for job in jobs if job.recipe.world_size == world_size], world_size, jobs_file.parent)
+        if failure:
+            print(failure, file=sys.stderr)
+            return 1
+    return 0
+
+
+def _import_frameworks(jobs: list[DemoCheckpoint]) -> None:
+    """All that the ranks will need, so that none of them imports it again."""
+    import torch.distributed.fsdp
+    import torch.distributed.tensor.parallel  # noqa: F401
+    import transformers
+
+    import nbmerge.demo.layouts  # noqa: F401
+    from nbmerge.demo.models import architecture
+
+    for job in jobs:
+        getattr(transformers, architecture(job.recipe.arch).model_class)
+
+
+def _run_world(jobs: list[DemoCheckpoint], world_size: int, scratch: Path) -> str:
+    """Runs the jobs in `world_size` processes. Returns the first failing rank's traceback, or nothing."""
+    context = get_context(_START)
+    store = scratch / f"store_{world_size}"
+    ranks: list[ForkProcess | SpawnProcess] = [
+        context.Process(target=_rank_main, args=(jobs, rank, world_size, store), daemon=True)
+        for rank in range(world_size)
+    ]
+    for process in ranks:
+        process.start()
+    running = dict(enumerate(ranks))
+    while running:
+        connection.wait([process.sentinel for process in running.values()])
+        for rank, process in list(running.items()):
+            if process.exitcode is None:
+                continue
+            del running[rank]
+            if process.exitcode:
+                for other in running.values():
+                    other.terminate()
+                return _failure(rank, world_size, process.exitcode, _error_file(store, rank))
+    return ""
+
+
+def _failure(rank: int, world_size: int, exit_code: int, report: Path) -> str:
+    text = report.read_text(encoding="utf-8") if report.is_file() else ""
+    return f"rank {rank} of {world_size} ended with exit code {exit_code}\n{text}"
+
+
+def _error_file(store: Path, rank: int) -> Path:
+    return store.with_name(f"{store.name}_rank_{rank}.txt")
+
+
+def _rank_main(jobs: list[DemoCheckpoint], rank: int, world_size: int, store: Path) -> None:
+    """The life of one rank: join, write every job's share, leave."""
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    job = None
+    try:
+        dist.init_process_group(
+            "gloo", init_method=store.as_uri(), rank=rank, world_size=world_size, timeout=_COLLECTIVE_TIMEOUT
+        )
+        for job in jobs:
+            write_share(job, rank)
+            dist.barrier()
+        dist.destroy_process_group()
+    except BaseException:  # noqa: BLE001 - whatever it is, the parent has to hear of it
+        what = f"while making {job.recipe}\n" if job else ""
+        _error_file(store, rank).write_text(what + traceback.format_exc(), encoding="utf-8")
+        os._exit(1)
+
+
+def write_share(job: DemoCheckpoint, rank: int) -> None:
+    """Builds and shards the model of a job and writes this rank's files; rank 0 also writes what is written once."""
+    import torch
+
+    from nbmerge.demo.layouts import adamw_state, shard, state_dict
+    from nbmerge.demo.models import build_model
+
+    recipe = job.recipe
+    model = build_model(recipe)
+    job.path.mkdir(parents=True, exist_ok=True)
+    if rank == 0:
+        write_truth(job, model)
+        write_config(job, model)
+    model = shard(model, recipe)
+    ending = f"world_size_{recipe.world_size}_rank_{rank}.pt"
+    torch.save(state_dict(model, recipe), job.path / f"model_{ending}")
+    if recipe.optimizer:
+        torch.save(adamw_state(model), job.path / f"optim_{ending}")
+    torch.save({"lr_scheduler": {"last_epoch": 0}, "rng": torch.get_rng_state()}, job.path / f"extra_state_{ending}")
+
+
+def write_truth(job: DemoCheckpoint, model: Any) -> None:
+    """The whole model: as transformers publishes it, and its state dict as it is in memory."""
+    import torch
+
+    model.save_pretrained(job.reference)
+    torch.save(model.state_dict(), job.state)
+
+
+def write_config(job: DemoCheckpoint, model: Any) -> None:
+    """fsdp_config.json and huggingface/, as verl's FSDPCheckpointManager writes them."""
+    from nbmerge.demo.models import architecture
+    from nbmerge.demo.tokenizer import build_tokenizer
+
+    recipe = job.recipe
+    about = {"FSDP_version": recipe.fsdp_version, "world_size": recipe.world_size}
+    (job.path / "fsdp_config.json").write_text(json.dumps(about, indent=4), encoding="utf-8")
+    target = job.path / "huggingface"
+    model.config.save_pretrained(target)
+    if model.can_generate():
+        model.generation_config.save_pretrained(target)
+    if architecture(recipe.arch).has_tokenizer:
+        build_tokenizer().save_pretrained(target)
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1])))

@@ -1,0 +1,321 @@
+"""What is shown of a checkpoint, of one of its tensors, and of a loader."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+
+from nbmerge import expressions as ex
+from nbmerge.display import words
+from nbmerge.display.collapse import Group, collapse
+from nbmerge.display.model import PROBLEM, Alert, Cell, Column, Fact, Section, Table, View
+from nbmerge.display.shards import Cut, cut_of
+from nbmerge.errors import Problem, plural
+from nbmerge.layout import Checkpoint, LazyTensor, MeshAxis, SourceFile
+from nbmerge.loaders.base import Loader
+
+_ROWS = 60  # groups of parameters
+_LAYOUTS = 16
+_PIECES = 32
+_NOTES = 12
+_PROBLEMS = 10
+
+
+def checkpoint_view(checkpoint: Checkpoint) -> View:
+    """What it is in one sentence, then how it is sharded, its parameters, its files, and what to know of it."""
+    tensors = list(checkpoint.tensors.values())
+    total = checkpoint.nbytes
+    return View(
+        title="Checkpoint",
+        sentence=_sentence(checkpoint, tensors, total),
+        alerts=problem_alerts(checkpoint.problems),
+        facts=tuple(_facts(checkpoint, total)),
+        sections=(
+            _layout_section(checkpoint, tensors, total),
+            _parameters_section(tensors, total),
+            _files_section(checkpoint.files),
+            *_notes_section(checkpoint),
+        ),
+    )
+
+
+def tensor_view(tensor: LazyTensor) -> View:
+    """Shape, dtype and placement, and which rank and file hold which box."""
+    facts = [
+        Fact("shape", words.shape_of(tensor.shape)),
+        Fact("dtype", str(tensor.dtype)),
+        Fact("bytes", words.exact_bytes(tensor.nbytes)),
+        Fact("elements", f"{tensor.numel:,}"),
+    ]
+    facts += [Fact(f"{axis.name} × {axis.size:,}", axis.placement) for axis in tensor.mesh]
+    if not tensor.mesh:
+        facts.append(Fact("placement", tensor.placement))
+    if tensor.chunks:
+        cut = cut_of(tensor)
+        facts += [Fact("cut", cut.in_words)]
+        section = _chunks_section(tensor)
+    else:
+        section = _made_of_section(tensor)
+    sentence = (
+        f"{words.elide(tensor.name)} is {words.shape_of(tensor.shape)} {tensor.dtype}, "
+        f"{words.byte_size(tensor.nbytes)}, in {plural(_stored_count(tensor), 'stored piece')}; no data is read for this"
+    )
+    return View("Lazy tensor", sentence, facts=tuple(facts), sections=(section,))
+
+
+def loader_view(loader: Loader) -> View:
+    """What it recognises."""
+    return View("Loader", f"{loader.name} opens directories that hold {loader.recognises}")
+
+
+def problem_alerts(problems: Sequence[Problem]) -> tuple[Alert, ...]:
+    """The problems, each with where, why and fix; beyond a limit their number."""
+    alerts = [
+        Alert(
+            PROBLEM,
+            words.elide(problem.what, words.PROSE_LIMIT),
+            tuple(
+                (label, words.elide(text, words.PROSE_LIMIT))
+                for label, text in (("where", problem.where), ("why", problem.why), ("fix", problem.fix))
+                if text
+            ),
+        )
+        for problem in problems[:_PROBLEMS]
+    ]
+    if len(problems) > _PROBLEMS:
+        alerts.append(Alert(PROBLEM, f"{len(problems) - _PROBLEMS:,} more problems; all are in .problems"))
+    return tuple(alerts)
+
+
+def mesh_in_words(mesh: Sequence[MeshAxis]) -> str:
+    """`fsdp=4 × tp=2`."""
+    return " × ".join(f"{axis.name}={axis.size:,}" for axis in mesh)
+
+
+def dtypes_in_words(nbytes: Counter[str], total: int) -> str:
+    """`bfloat16`, or `bfloat16 (99.9%), float32 (0.1%)`: by bytes, the largest first."""
+    if len(nbytes) == 1:
+        return next(iter(nbytes))
+    found = [f"{name} ({words.percent(size, total)})" for name, size in nbytes.most_common(4)]
+    return ", ".join(found) + (f" and {len(nbytes) - 4} more" if len(nbytes) > 4 else "")
+
+
+def _dtype_bytes(tensors: Iterable[LazyTensor]) -> Counter[str]:
+    nbytes: Counter[str] = Counter()
+    for tensor in tensors:
+        nbytes[tensor.dtype.name] += tensor.nbytes
+    return nbytes
+
+
+def _sentence(checkpoint: Checkpoint, tensors: list[LazyTensor], total: int) -> str:
+    written = f"written by {plural(checkpoint.world_size, 'rank')}"
+    if checkpoint.mesh:
+        written += f" on a mesh {mesh_in_words(checkpoint.mesh)}"
+    dtype = dtypes_in_words(_dtype_bytes(tensors), total) or "no dtype"
+    return (
+        f"{checkpoint.layout}, {written}: {plural(len(tensors), 'tensor')}, "
+        f"{words.big_count(checkpoint.numel, 'parameter')}, {words.byte_size(total)}, {dtype}"
+    )
+
+
+def _facts(checkpoint: Checkpoint, total: int) -> Iterator[Fact]:
+    yield Fact("path", words.elide(str(checkpoint.path), 2 * words.NAME_LIMIT), code=True)
+    yield Fact("parameters", f"{checkpoint.numel:,}")
+    yield Fact("bytes", words.exact_bytes(total))
+    config = str(checkpoint.config_dir) if checkpoint.config_dir else "none found; a merge needs --hf_model_config_path"
+    yield Fact("config", words.elide(config, 2 * words.NAME_LIMIT), code=checkpoint.config_dir is not None)
+    evidence = ", ".join(checkpoint.evidence)
+    yield Fact("back end", words.elide(f"{checkpoint.backend} ({evidence})" if evidence else checkpoint.backend, 200))
+
+
+def _layout_section(checkpoint: Checkpoint, tensors: list[LazyTensor], total: int) -> Section:
+    groups: dict[tuple[MeshAxis, ...], list[LazyTensor]] = {}
+    for tensor in tensors:
+        groups.setdefault(tensor.mesh, []).append(tensor)
+    axes = list(dict.fromkeys((axis.name, axis.size) for mesh in (checkpoint.mesh, *groups) for axis in mesh))[:6]
+    columns = (
+        Column("placement"),
+        *(Column(f"on {name}={size:,}") for name, size in axes[1:]),
+        *(Column(title, number=True) for title in ("tensors", "even", "uneven", "empty", "whole", "copies", "bytes")),
+        Column("share", number=True),
+    )
+    if axes:
+        columns = (Column(f"on {axes[0][0]}={axes[0][1]:,}"), *columns[1:])
+    order = sorted(groups.items(), key=lambda item: -sum(tensor.nbytes for tensor in item[1]))
+    rows = tuple(_layout_row(mesh, axes, members, total) for mesh, members in order[:_LAYOUTS])
+    table = Table(columns, rows, hidden=max(len(order) - _LAYOUTS, 0), rows_are="placement")
+    return Section("Shard layout", _layout_summary(checkpoint, groups), tables=(table,), notes=(_LEGEND,), opened=True)
+
+
+_LEGEND = (
+    "even: every rank's piece has the same shape; uneven: some are smaller; empty: some rank holds nothing of it; "
+    "whole: not cut; copies: ranks that hold the same piece"
+)
+
+
+def _layout_summary(checkpoint: Checkpoint, groups: dict[tuple[MeshAxis, ...], list[LazyTensor]]) -> str:
+    mesh = f"mesh {mesh_in_words(checkpoint.mesh)}" if checkpoint.mesh else "no device mesh"
+    return f"{mesh}, {plural(checkpoint.world_size, 'rank')}, {plural(len(groups), 'placement')}"
+
+
+def _layout_row(
+    mesh: tuple[MeshAxis, ...], axes: list[tuple[str, int]], members: list[LazyTensor], total: int
+) -> tuple[Cell, ...]:
+    on = {(axis.name, axis.size): axis.placement for axis in mesh}
+    cuts: Counter[str] = Counter()
+    copies: set[int] = set()
+    for tensor in members:
+        cut = cut_of(tensor)
+        cuts[cut.kind] += 1
+        copies.add(cut.copies)
+    nbytes = sum(tensor.nbytes for tensor in members)
+    placements = [on.get(axis, "not on it") for axis in axes] or ["whole"]
+    counts = [_count(cuts[kind]) for kind in Cut.KINDS]
+    alike = f"{min(copies):,}" if len(copies) == 1 else f"{min(copies):,} to {max(copies):,}"
+    return (
+        *(Cell(words.elide(text, 60)) for text in placements),
+        Cell(f"{len(members):,}"),
+        *(Cell(text) for text in counts),
+        Cell(alike),
+        Cell(words.byte_size(nbytes)),
+        Cell(words.percent(nbytes, total), bar=nbytes / total if total else 0.0),
+    )
+
+
+def _count(count: int) -> str:
+    return f"{count:,}" if count else "·"
+
+
+def _parameters_section(tensors: list[LazyTensor], total: int) -> Section:
+    by_name = {tensor.name: tensor for tensor in tensors}
+    groups = collapse((tensor.name, (tensor.shape, tensor.dtype.name, tensor.placement)) for tensor in tensors)
+    columns = (
+        Column("parameter", code=True),
+        Column("tensors", number=True),
+        Column("shape"),
+        Column("dtype"),
+        Column("placement"),
+        Column("bytes", number=True),
+        Column("share", number=True),
+    )
+    sizes = [len(group.members) * by_name[group.members[0]].nbytes for group in groups]
+    top = max(sizes, default=0) or 1
+    rows = tuple(
+        _parameter_row(group, by_name[group.members[0]], size, total, top)
+        for group, size in islice(zip(groups, sizes, strict=True), _ROWS)
+    )
+    table = Table(columns, rows, hidden=max(len(groups) - _ROWS, 0), rows_are="row", rest=".tensors")
+    summary = f"{plural(len(tensors), 'tensor')} in {plural(len(groups), 'row')}; repeated layers share a row"
+    return Section("Parameters", summary, tables=(table,), opened=len(rows) <= 24)
+
+
+def _parameter_row(group: Group, first: LazyTensor, size: int, total: int, top: int) -> tuple[Cell, ...]:
+    return (
+        Cell(words.elide(group.name)),
+        Cell(f"{len(group.members):,}"),
+        Cell(words.shape_of(first.shape)),
+        Cell(str(first.dtype)),
+        Cell(words.elide(first.placement, 120)),
+        Cell(words.byte_size(size)),
+        Cell(words.percent(size, total), bar=size / top),
+    )
+
+
+def _files_section(files: Sequence[SourceFile]) -> Section:
+    by_role: dict[str, list[SourceFile]] = {}
+    for file in files:
+        by_role.setdefault(file.role, []).append(file)
+    columns = (
+        Column("role"),
+        Column("files", number=True),
+        Column("bytes", number=True),
+        Column("smallest", number=True),
+        Column("largest", number=True),
+        Column("first file", code=True),
+    )
+    rows = []
+    for role, members in sorted(by_role.items(), key=lambda item: item[0] != "weights"):
+        sizes = [file.size for file in members]
+        texts = (f"{len(members):,}", *map(words.byte_size, (sum(sizes), min(sizes), max(sizes))))
+        rows.append((Cell(role), *map(Cell, texts), Cell(words.elide(members[0].path.name))))
+    summary = f"{plural(len(files), 'file')}, {words.byte_size(sum(file.size for file in files))}"
+    return Section("Files", summary, tables=(Table(columns, tuple(rows), rows_are="role"),))
+
+
+def _notes_section(checkpoint: Checkpoint) -> Iterator[Section]:
+    notes = [words.elide(note, words.PROSE_LIMIT) for note in checkpoint.notes]
+    facts = tuple(Fact(name, words.value_in_words(value)) for name, value in list(checkpoint.overrides.items())[:_NOTES])
+    if len(notes) > _NOTES:
+        notes[_NOTES:] = [f"… {len(notes) - _NOTES:,} more notes; all are in .notes"]
+    if notes or facts:
+        parts = [plural(len(checkpoint.notes), "note")] if notes else []
+        parts += [f"{plural(len(facts), 'override')} by the user"] if facts else []
+        yield Section("Notes", ", ".join(parts), facts=facts, notes=tuple(notes), opened=True)
+
+
+def _chunks_section(tensor: LazyTensor) -> Section:
+    columns = (
+        Column("box", code=True),
+        Column("shape"),
+        Column("bytes", number=True),
+        Column("share", number=True),
+        Column("rank", number=True),
+        Column("copies on ranks"),
+        Column("file", code=True),
+        Column("at byte", number=True),
+    )
+    largest = max((chunk.stored.nbytes for chunk in tensor.chunks), default=0) or 1
+    rows = tuple(
+        (
+            Cell(str(chunk.box)),
+            Cell(words.shape_of(chunk.box.shape)),
+            Cell(words.byte_size(chunk.stored.nbytes) if chunk.box.numel else "empty"),
+            Cell(words.percent(chunk.stored.nbytes, tensor.nbytes), bar=chunk.stored.nbytes / largest),
+            Cell(f"{chunk.rank:,}"),
+            Cell(ranks_in_words([rank for rank, _ in chunk.replicas])),
+            Cell(words.elide(chunk.stored.file.replace("\\", "/").rsplit("/", 1)[-1])),
+            Cell(f"{chunk.stored.offset:,}"),
+        )
+        for chunk in tensor.chunks[:_PIECES]
+    )
+    hidden = max(len(tensor.chunks) - _PIECES, 0)
+    table = Table(columns, rows, hidden=hidden, rows_are="box", rest=".chunks")
+    return Section("Shard map", f"{plural(len(tensor.chunks), 'box')}".replace("boxs", "boxes"), tables=(table,),
+                   opened=True)  # fmt: skip
+
+
+def ranks_in_words(ranks: Sequence[int]) -> str:
+    """`1, 3`; for many the first and how many; `·` for none."""
+    if not ranks:
+        return "·"
+    shown = ", ".join(f"{rank:,}" for rank in ranks[:6])
+    return shown if len(ranks) <= 6 else f"{shown} and {len(ranks) - 6:,} more"
+
+
+def _stored(tensor: LazyTensor) -> list[ex.Stored]:
+    return [node for node in ex.walk(tensor.expr) if isinstance(node, ex.Stored)]
+
+
+def _stored_count(tensor: LazyTensor) -> int:
+    return len(tensor.chunks) or len(_stored(tensor))
+
+
+def _made_of_section(tensor: LazyTensor) -> Section:
+    """For a tensor that was cut out of others: the nodes of its expression, and the pieces below them."""
+    kinds = Counter(type(node).__name__ for node in ex.walk(tensor.expr))
+    facts = tuple(Fact(name, f"{count:,}") for name, count in kinds.items())
+    columns = (Column("stored piece", code=True), Column("shape"), Column("bytes", number=True))
+    stored = _stored(tensor)
+    rows = tuple(
+        (
+            Cell(words.elide(node.file.replace("\\", "/").rsplit("/", 1)[-1])),
+            Cell(words.shape_of(node.shape)),
+            Cell(words.byte_size(node.nbytes)),
+        )
+        for node in stored[:_PIECES]
+    )
+    table = Table(columns, rows, hidden=max(len(stored) - _PIECES, 0), rows_are="piece", rest=".expr")
+    elements = math.prod(tensor.shape)
+    return Section("Made of", f"an expression for {plural(elements, 'element')}", facts, (table,), opened=True)

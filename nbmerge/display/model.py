@@ -1,0 +1,98 @@
+"""The view model: what is shown of an object, as plain data that knows neither text nor HTML nor a notebook.
+
+View
+├── sentence          what the object is, at a glance
+├── alerts            what is wrong, or must not be overlooked; shown first
+├── facts             label and value
+├── sections          each folds away: facts, tables, notes
+└── code              what to type next
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+PROBLEM, ATTENTION = "problem", "attention"
+
+
+@dataclass(frozen=True, slots=True)
+class Fact:
+    """A label and its value. code: whether the value is a name or a path that a user would copy."""
+
+    label: str
+    value: str
+    code: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Alert:
+    """What must be seen first. kind: `problem` (the work stops) or `attention` (it goes on); details: label, text."""
+
+    kind: str
+    what: str
+    details: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """The head of a column. number: aligned to the right; code: holds names or paths."""
+
+    title: str
+    number: bool = False
+    code: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """A cell. bar: a fraction from 0 to 1 that can be drawn behind the text; the text says it too."""
+
+    text: str
+    bar: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """Rows under columns; the first cell of a row is its head.
+
+    hidden: how many further rows were cut; rows_are: what a row is (`group`, `file`); rest: where all of them are.
+    """
+
+    columns: tuple[Column, ...]
+    rows: tuple[tuple[Cell, ...], ...]
+    title: str = ""
+    hidden: int = 0
+    rows_are: str = "row"
+    rest: str = ""
+
+    @property
+    def cut(self) -> str:
+        """What was cut, as a sentence; empty where nothing was."""
+        if not self.hidden:
+            return ""
+        noun = self.rows_are if self.hidden == 1 else f"{self.rows_are}s"
+        return f"… {self.hidden:,} more {noun} not shown" + (f"; all are in {self.rest}" if self.rest else "")
+
+
+@dataclass(frozen=True, slots=True)
+class Section:
+    """A part of a view with a title and a summary of its content. opened: whether it starts unfolded."""
+
+    title: str
+    summary: str = ""
+    facts: tuple[Fact, ...] = ()
+    tables: tuple[Table, ...] = ()
+    notes: tuple[str, ...] = ()
+    opened: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """All that is shown of an object. title: its class, in the user's words; code: lines to run next."""
+
+    title: str
+    sentence: str
+    alerts: tuple[Alert, ...] = ()
+    facts: tuple[Fact, ...] = ()
+    sections: tuple[Section, ...] = ()
+    code: tuple[str, ...] = ()
+    code_title: str = ""

@@ -1,0 +1,120 @@
+"""Time and memory of an FSDP merge, against `cp` and `sync` of the same bytes in the same run.
+
+python -m tests.benchmarks.merge_fsdp [--gigabytes 3] [--rounds 5] [--dir DIR]
+
+Prints the median of each and their ratio. The fixed start (imports and the meta model) is timed apart.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from tests.benchmarks import large_checkpoint
+
+_LIMIT_RATIO, _LIMIT_MIB = 1.5, 150
+
+
+def one_merge(checkpoint: Path, target: Path, *options: str) -> dict[str, float]:
+    """One merge in a process of its own: its seconds, and the MiB that it took above its imports."""
+    words = [sys.executable, "-m", "tests.benchmarks.merge_fsdp", "--measure", str(checkpoint), str(target), *options]
+    done = subprocess.run(words, capture_output=True, text=True, check=True)
+    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def _measure(checkpoint: str, target: str, **options: str) -> None:
+    start = time.perf_counter()
+    import nbmerge
+    from nbmerge.naming.model import HFModel
+
+    light = time.perf_counter()
+    _ = HFModel(Path(checkpoint) / "huggingface").facts
+    ready = time.perf_counter()
+    before = _status("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # from here on VmHWM is the peak of what follows
+    report = nbmerge.merge(checkpoint, target, progress=False, **options)
+    stop = time.perf_counter()
+    print(
+        json.dumps(
+            {
+                "import": light - start,
+                "start": ready - start,
+                "merge": stop - ready,
+                "write": report.seconds,
+                "mib": (_status("VmHWM") - before) / 1024,
+                "bytes": report.written_bytes,
+            }
+        )
+    )
+
+
+def _status(field: str) -> int:
+    """A field of /proc/self/status, in KiB."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1])
+    raise LookupError(field)
+
+
+def _copy(files: list[Path], target: Path) -> float:
+    target.mkdir()
+    start = time.perf_counter()
+    subprocess.run(["cp", *map(str, files), str(target)], check=True)
+    subprocess.run(["sync"], check=True)
+    return time.perf_counter() - start
+
+
+def _run(directory: Path, gigabytes: float, rounds: int) -> None:
+    checkpoint = directory / "checkpoint"
+    if not (checkpoint / "huggingface").is_dir():
+        large_checkpoint.make(checkpoint, gigabytes)
+    files = sorted(checkpoint.glob("model_*.pt"))
+    for file in files:  # warm the page cache
+        subprocess.run(["cat", str(file)], stdout=subprocess.DEVNULL, check=True)
+    subprocess.run(["sync"], check=True)
+    copies: list[float] = []
+    merges: list[dict[str, float]] = []
+    for number in range(rounds):
+        copies.append(_copy(files, directory / "copy"))
+        shutil.rmtree(directory / "copy")
+        merges.append(one_merge(checkpoint, directory / "merged"))
+        shutil.rmtree(directory / "merged")
+        print(f"round {number + 1}: cp+sync {copies[-1]:.2f} s, merge {merges[-1]}", flush=True)
+    copy = statistics.median(copies)
+    merge = statistics.median(m["merge"] for m in merges)
+    ratio = statistics.median(m["merge"] / c for m, c in zip(merges, copies, strict=True))
+    print(f"bytes of weights       {merges[0]['bytes']:,.0f}")
+    print(f"cp + sync              {copy:.2f} s (median of {rounds})")
+    print(f"merge beyond its start {merge:.2f} s = {ratio:.2f} × cp + sync (limit {_LIMIT_RATIO})")
+    print(f"fixed start            {statistics.median(m['start'] for m in merges):.2f} s (imports, meta model)")
+    print(f"import nbmerge         {statistics.median(m['import'] for m in merges):.3f} s (limit 0.3)")
+    print(f"memory above imports   {max(m['mib'] for m in merges):.0f} MiB (limit {_LIMIT_MIB})")
+
+
+def main() -> None:
+    """Reads the options and runs."""
+    if sys.argv[1:2] == ["--measure"]:
+        _measure(*sys.argv[2:4], **dict(word.split("=", 1) for word in sys.argv[4:]))
+        return
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--gigabytes", type=float, default=3.0)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--dir", type=Path, help="keep the checkpoint here for the next run")
+    options = parser.parse_args()
+    if options.dir:
+        _run(options.dir, options.gigabytes, options.rounds)
+        return
+    with tempfile.TemporaryDirectory(prefix="nbmerge-benchmark-") as directory:
+        _run(Path(directory), options.gigabytes, options.rounds)
+
+
+if __name__ == "__main__":
+    main()
