@@ -10,6 +10,8 @@ Importing this costs no torch, transformers or matplotlib.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from nbmerge.api import merge, open_checkpoint, plan_merge
 from nbmerge.errors import (
     AmbiguousCheckpointError,
@@ -20,6 +22,7 @@ from nbmerge.errors import (
     InconsistentCheckpointError,
     NbmergeError,
     NotACheckpointError,
+    NotSupportedError,
     OptionError,
     PlanError,
     Problem,
@@ -30,25 +33,33 @@ from nbmerge.errors import (
     VerificationError,
 )
 from nbmerge.layout import Checkpoint, Chunk, LazyTensor
+from nbmerge.mergers import BaseModelMerger, FSDPModelMerger, ModelMergerConfig
 from nbmerge.plan import MergePlan
 from nbmerge.report import MergeReport
+
+if TYPE_CHECKING:
+    from IPython.core.interactiveshell import InteractiveShell
 
 __version__ = "0.1.0"
 
 __all__ = [
     "AmbiguousCheckpointError",
+    "BaseModelMerger",
     "Checkpoint",
     "CheckpointError",
     "Chunk",
     "ConfigError",
     "CorruptFileError",
+    "FSDPModelMerger",
     "IncompleteCheckpointError",
     "InconsistentCheckpointError",
     "LazyTensor",
     "MergePlan",
     "MergeReport",
+    "ModelMergerConfig",
     "NbmergeError",
     "NotACheckpointError",
+    "NotSupportedError",
     "OptionError",
     "PlanError",
     "Problem",
@@ -57,7 +68,15 @@ __all__ = [
     "UnsafePickleError",
     "UnsupportedCheckpointError",
     "VerificationError",
+    "load_ipython_extension",
     "merge",
     "open_checkpoint",
     "plan_merge",
 ]
+
+
+def load_ipython_extension(shell: InteractiveShell) -> None:
+    """`%load_ext nbmerge`: the magics, of which `%nbmerge` lists all."""
+    from nbmerge.magics import register
+
+    register(shell)

@@ -15,6 +15,7 @@ NbmergeError
 ├── ConfigError (ValueError)                  the model's config.json is missing or makes no model
 ├── PlanError (ValueError)                    the plan has problems; all are listed
 ├── TargetError (FileExistsError)             the target cannot be written, or must not be overwritten
+├── NotSupportedError (NotImplementedError)   something that this version does not do yet
 ├── SpaceError (OSError)                      the disk is too small, or became full
 └── VerificationError (ValueError)            what was written is not what was planned
 """
@@ -62,6 +63,12 @@ class NbmergeError(Exception):
     def __str__(self) -> str:  # FileNotFoundError and OSError would show their errno form
         return str(self.args[0])
 
+    def _render_traceback_(self) -> list[str]:
+        """What IPython shows in place of a traceback: at most twelve lines, of which the last is the fix."""
+        from nbmerge.display.failure import short_lines
+
+        return short_lines(type(self).__name__, str(self))
+
 
 class OptionError(NbmergeError, ValueError):
     """An option's value is wrong, or two options exclude each other."""
@@ -105,6 +112,10 @@ class ConfigError(NbmergeError, ValueError):
 
 class TargetError(NbmergeError, FileExistsError):
     """The target directory cannot be written, or must not be overwritten."""
+
+
+class NotSupportedError(NbmergeError, NotImplementedError):
+    """Something that this version does not do yet."""
 
 
 class SpaceError(NbmergeError, OSError):

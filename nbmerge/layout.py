@@ -119,7 +119,8 @@ class Checkpoint(Displayed):
     path: the directory; backend: the loader's name; layout: what was recognised, in words;
     tensors: by the names that the framework gave them; world_size: ranks that wrote it;
     mesh: the device mesh that most tensors lie on; config_dir: where config.json and the tokenizer are;
-    notes: what a reader should know (files left alone, overrides); problems: what is wrong with it.
+    notes: what a reader should know (files left alone, overrides); problems: what is wrong with it;
+    origin: for tensors that no file of `files` holds, what tells this checkpoint from another.
     """
 
     path: Path
@@ -133,6 +134,7 @@ class Checkpoint(Displayed):
     evidence: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     overrides: Mapping[str, object] = field(default_factory=dict)
+    origin: str = ""
     problems: tuple[Problem, ...] = ()
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 from nbmerge.engine.events import Listener
@@ -74,7 +75,9 @@ def _remove_strays(plan: MergePlan, directory: Path) -> None:
     """What an interrupted run left that is no whole file of this plan."""
     wanted = {file.name for file in plan.files}
     for child in directory.iterdir():
-        if child.name not in wanted:
+        if child.is_dir():
+            shutil.rmtree(child)
+        elif child.name not in wanted:
             child.unlink()
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from nbmerge.dtypes import parse_dtype
-from nbmerge.errors import OptionError
+from nbmerge.errors import NotSupportedError, OptionError
 
 BACKENDS = ("auto", "fsdp", "megatron", "dcp", "deepspeed", "colossalai", "hf")
 DIALECTS = ("hub", "transformers")
@@ -73,14 +73,14 @@ class MergeOptions:
             raise OptionError(f"workers={self.workers}", fix="a number from 1 on")
         for name in ("base_model", "lora", "weights"):
             if getattr(self, name) is not None:
-                raise OptionError(
-                    f"{name}= is not supported yet: this version merges the full weights of FSDP checkpoints as stored",
+                raise NotSupportedError(
+                    f"{name}= is not supported yet: this version merges the full weights of FSDP checkpoints",
                     fix=f"leave {name} out",
                 )
-        if self.hf_upload_path or self.private:
-            raise OptionError(
+        if self.hf_upload_path:
+            raise NotSupportedError(
                 "uploading is not supported yet",
-                fix="merge, then: huggingface-cli upload REPO TARGET_DIR",
+                fix=f"merge without it, then: hf upload {self.hf_upload_path} TARGET_DIR",
             )
 
     def shaping(self) -> dict[str, object]:

@@ -174,6 +174,7 @@ class MergePlan(Displayed):
         facts = {
             "sources": [[str(f.path), f.size, f.mtime_ns] for f in self.checkpoint.files if f.role == "weights"],
             "options": self.options.shaping(),
+            "origin": self.checkpoint.origin,
             "overrides": dict(self.checkpoint.overrides),
             "versions": dict(self.versions),
             "headers": [[file.name, hashlib.sha256(file.header).hexdigest()] for file in self.files],

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
+import logging
 import os
 from collections.abc import Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
 
 from nbmerge import expressions as ex
-from nbmerge.dtypes import DType, parse_dtype
+from nbmerge.dtypes import parse_dtype
 from nbmerge.engine.comparison import Comparison
-from nbmerge.engine.safetensors_file import deal, index_json
+from nbmerge.engine.safetensors_file import deal
 from nbmerge.engine.sources import LocalFiles
 from nbmerge.errors import Problem, plural
 from nbmerge.expressions import Cast, Compute, Expr
@@ -19,13 +18,14 @@ from nbmerge.layout import Checkpoint
 from nbmerge.naming.model import HFModel, ModelFacts
 from nbmerge.naming.published import Named, Tie, name_tensors
 from nbmerge.options import MergeOptions, parse_size
-from nbmerge.plan import CastNote, Drift, Equality, Execution, MergePlan, OutputFile, SideFile
+from nbmerge.plan import CastNote, Drift, Equality, Execution, MergePlan, OutputFile
+from nbmerge.side_files import edited_config, side_files
 
+_log = logging.getLogger(__name__)
 _BUFFER = 4 * 2**20  # bytes that a worker puts together in memory at a time
 _PROBED = 2**20  # bytes of one tensor's replicas that are compared while planning
 _PROBED_IN_ALL = 64 * 2**20
 _MAX_WORKERS = 8
-_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".index.json", ".gguf", ".h5", ".msgpack")
 
 
 def make_plan(checkpoint: Checkpoint, model: HFModel, options: MergeOptions) -> MergePlan:
@@ -38,8 +38,11 @@ def make_plan(checkpoint: Checkpoint, model: HFModel, options: MergeOptions) -> 
     named = name_tensors(exprs, facts, options.dialect)
     outputs, casts = _cast(named, facts, options)
     files = deal(outputs, parse_size(options.max_shard_size))
-    edits, config = _edited_config(model, outputs, options, facts)
+    edits, config = edited_config(model, outputs, options, facts)
     probed, equalities = _comparisons(checkpoint, named.ties)
+    _log.debug(
+        "%s: %d outputs in %d files; comparing %d small copies", facts.class_name, len(outputs), len(files), len(probed)
+    )
     drift, unequal = _probe(probed)
     problems = [*checkpoint.problems, *named.problems, *_unsafe_names(outputs), *unequal]
     return MergePlan(
@@ -48,7 +51,7 @@ def make_plan(checkpoint: Checkpoint, model: HFModel, options: MergeOptions) -> 
         model_class=facts.class_name,
         dialect=named.dialect,
         files=files,
-        side_files=tuple(_side_files(model, files, config)),
+        side_files=tuple(side_files(model.config_dir, files, config)),
         expected=named.expected,
         execution=_execution(files, options),
         casts=casts,
@@ -89,63 +92,6 @@ def _cast(named: Named, facts: ModelFacts, options: MergeOptions) -> tuple[dict[
             notes.append(CastNote(name, expr.dtype, wanted))
             outputs[name] = Cast(expr, wanted)
     return outputs, tuple(notes)
-
-
-def _edited_config(
-    model: HFModel, outputs: Mapping[str, Expr], options: MergeOptions, facts: ModelFacts
-) -> tuple[dict[str, tuple[object, object]], bytes | None]:
-    """The keys of config.json that the merge changes, and the new file; None where it stays as it is."""
-    config: dict[str, Any] = json.loads(json.dumps(model.config))
-    edits: dict[str, tuple[object, object]] = {}
-
-    def edit(key: str, value: object) -> None:
-        if config.get(key) != value:
-            edits[key] = (config.get(key), value)
-            config[key] = value
-
-    if dtype := _common_dtype(outputs):
-        keys = [key for key in ("dtype", "torch_dtype") if key in config] or ["dtype"]
-        for key in keys:
-            edit(key, dtype.name)
-        for section, content in config.items():
-            if isinstance(content, dict) and isinstance(content.get("dtype"), str) and content["dtype"] != dtype.name:
-                edits[f"{section}.dtype"] = (content["dtype"], dtype.name)
-                content["dtype"] = dtype.name
-    if options.tie_word_embedding:
-        edit("tie_word_embeddings", True)
-    if options.is_value_model:
-        edit("architectures", [facts.class_name])
-        if "id2label" in config or "num_labels" not in config:
-            edit("id2label", {"0": "LABEL_0"})
-            edit("label2id", {"LABEL_0": 0})
-    if "quantization_config" in config:  # the weights that were trained are plain ones
-        edits["quantization_config"] = (config.pop("quantization_config"), None)
-    return edits, (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode() if edits else None
-
-
-def _common_dtype(outputs: Mapping[str, Expr]) -> DType | None:
-    """The dtype of most floating bytes."""
-    weight: dict[DType, int] = {}
-    for expr in outputs.values():
-        if expr.dtype.is_floating:
-            weight[expr.dtype] = weight.get(expr.dtype, 0) + expr.numel
-    return max(weight, key=lambda dtype: weight[dtype], default=None)
-
-
-def _side_files(model: HFModel, files: tuple[OutputFile, ...], config: bytes | None) -> Iterator[SideFile]:
-    for path in sorted(model.config_dir.iterdir()):
-        if not path.is_file() or path.name.endswith(_WEIGHTS) or path.name.startswith("."):
-            continue
-        if path.name in ("fsdp_config.json", "config.json") or path.suffix in (".lock", ".log"):
-            continue
-        yield SideFile(path.name, source=path)
-    yield (
-        SideFile("config.json", content=config)
-        if config
-        else SideFile("config.json", source=model.config_dir / "config.json")
-    )
-    if len(files) > 1:
-        yield SideFile("model.safetensors.index.json", content=index_json(files))
 
 
 def _unsafe_names(outputs: Mapping[str, Expr]) -> list[Problem]:

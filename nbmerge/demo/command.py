@@ -14,7 +14,7 @@ from nbmerge.demo.proof import differences_on_disk, differences_when_loaded, loa
 from nbmerge.demo.recipes import DemoCheckpoint
 from nbmerge.errors import TargetError, plural
 
-_PROMPT = "Every rank of the mesh"
+_PROMPT = "Every rank of the mesh holds"
 _NEW_TOKENS = 12
 
 
@@ -47,6 +47,8 @@ def _run_in(directory: Path, *, kept: bool) -> int:
     print(f"  {generate(merged)}")
     if kept:
         print(f"\nThe checkpoint is in {demo.path}, the result in {merged}.")
+    else:
+        print("\nAll of it was in a temporary directory, which is deleted now; --dir DIR keeps it.")
     return 0
 
 

@@ -101,6 +101,6 @@ def fill(model: Any, seed: int) -> None:
     with torch.no_grad():
         for name, tensor in model.state_dict().items():
             if tensor.is_floating_point():
-                tensor.normal_(mean=1.0 if name.endswith("norm.weight") else 0.0, std=0.1, generator=generator)
+                tensor.normal_(mean=1.0 if name.endswith("norm.weight") else 0.0, std=0.3, generator=generator)
             else:
                 tensor.random_(1, 1000, generator=generator)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,21 @@ def load_model(directory: Path) -> Any:
     import transformers
 
     config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    return getattr(transformers, config["architectures"][0]).from_pretrained(directory, dtype="auto")
+    with _without_progress_bars():
+        return getattr(transformers, config["architectures"][0]).from_pretrained(directory, dtype="auto")
+
+
+@contextmanager
+def _without_progress_bars() -> Iterator[None]:
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def raw_tensors(directory: Path) -> dict[str, Raw]:

@@ -8,6 +8,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from nbmerge.demo.models import architecture
 from nbmerge.errors import OptionError
 
 # The mesh of each layout, outermost dimension first, and which of its dimensions FSDP shards over.
@@ -59,8 +60,9 @@ class Recipe:
         for name, value, known in (("layout", self.layout, LAYOUTS), ("dtype", self.dtype, DTYPES)):
             if value not in known:
                 raise OptionError(f"no {name} {value!r}", fix=f"one of {', '.join(known)}")
-        if self.layout == "plain" and self.world_size != 1:
-            raise OptionError(f"a plain checkpoint of {self.world_size} processes", fix="pass world_size=1")
+        architecture(self.arch)
+        if self.world_size < 1 or (self.layout == "plain" and self.world_size != 1):
+            raise OptionError(f"no {self.layout} checkpoint has a world of {self.world_size}", fix="pass world_size=1")
         names = _MESHES[self.layout]
         for given in (self.mesh_shape, self.mesh_dim_names):
             if given is not None and len(given) != len(names):

@@ -10,10 +10,11 @@ from nbmerge.demo.models import VOCABULARY
 END = "<|endoftext|>"
 _SPACE = "Ġ"  # how byte-level BPE writes the space before a word
 _ALPHABET = (*string.ascii_letters, *string.digits, *".,:;-'?!", _SPACE)
-_WORDS = """
-    the every rank of a mesh holds shard model merge reads each once whole tensor writes to file that any can load
-    nothing is rounded on way so weights come out are went in bit for and proved equal when byte disk
-""".split()
+_WORDS = (
+    "the every rank of a mesh holds shard model merge reads each once whole tensor writes to file that any can load "
+    "nothing is rounded on way so weights come out are went in bit for and proved equal when byte disk "
+    "layer head expert index name shape size plan copy layout dtype config train save open start"
+)
 
 
 def build_tokenizer() -> Any:
@@ -36,4 +37,4 @@ def build_tokenizer() -> Any:
 
 def _word_merges() -> list[tuple[str, str]]:
     """The merges that put each word together from its front, with the space before it."""
-    return [(_SPACE + word[:i], letter) for word in _WORDS for i, letter in enumerate(word)]
+    return [(_SPACE + word[:i], letter) for word in _WORDS.split() for i, letter in enumerate(word)]

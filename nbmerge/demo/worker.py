@@ -12,7 +12,7 @@ import sys
 import traceback
 from datetime import timedelta
 from multiprocessing import connection, get_context
-from multiprocessing.context import ForkProcess, SpawnProcess
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -52,10 +52,10 @@ def _import_frameworks(jobs: list[DemoCheckpoint]) -> None:
 
 
 def _run_world(jobs: list[DemoCheckpoint], world_size: int, scratch: Path) -> str:
-    """Runs the jobs in `world_size` processes. Returns the first failing rank's traceback, or nothing."""
-    context = get_context(_START)
+    """Runs the jobs in `world_size` processes. Returns the traceback of the rank that failed first, or nothing."""
+    context: Any = get_context(_START)
     store = scratch / f"store_{world_size}"
-    ranks: list[ForkProcess | SpawnProcess] = [
+    ranks: list[BaseProcess] = [
         context.Process(target=_rank_main, args=(jobs, rank, world_size, store), daemon=True)
         for rank in range(world_size)
     ]
@@ -71,17 +71,18 @@ def _run_world(jobs: list[DemoCheckpoint], world_size: int, scratch: Path) -> st
             if process.exitcode:
                 for other in running.values():
                     other.terminate()
-                return _failure(rank, world_size, process.exitcode, _error_file(store, rank))
+                return f"rank {rank} of {world_size} ended with exit code {process.exitcode}\n{_first_error(store)}"
     return ""
 
 
-def _failure(rank: int, world_size: int, exit_code: int, report: Path) -> str:
-    text = report.read_text(encoding="utf-8") if report.is_file() else ""
-    return f"rank {rank} of {world_size} ended with exit code {exit_code}\n{text}"
-
-
 def _error_file(store: Path, rank: int) -> Path:
-    return store.with_name(f"{store.name}_rank_{rank}.txt")
+    return store.with_name(f"{store.name}_error_of_rank_{rank}.txt")
+
+
+def _first_error(store: Path) -> str:
+    """The traceback that was written first: the ranks that waited for that one fail after it."""
+    reports = sorted(store.parent.glob(f"{store.name}_error_of_rank_*.txt"), key=lambda path: path.stat().st_mtime_ns)
+    return reports[0].read_text(encoding="utf-8") if reports else ""
 
 
 def _rank_main(jobs: list[DemoCheckpoint], rank: int, world_size: int, store: Path) -> None:
@@ -100,7 +101,7 @@ def _rank_main(jobs: list[DemoCheckpoint], rank: int, world_size: int, store: Pa
             dist.barrier()
         dist.destroy_process_group()
     except BaseException:  # noqa: BLE001 - whatever it is, the parent has to hear of it
-        what = f"while making {job.recipe}\n" if job else ""
+        what = f"rank {rank} failed while making {job.recipe}\n" if job else f"rank {rank} could not join\n"
         _error_file(store, rank).write_text(what + traceback.format_exc(), encoding="utf-8")
         os._exit(1)
 

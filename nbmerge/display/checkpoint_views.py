@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
+from pathlib import Path
 
 from nbmerge import expressions as ex
 from nbmerge.display import words
@@ -58,9 +58,10 @@ def tensor_view(tensor: LazyTensor) -> View:
         section = _chunks_section(tensor)
     else:
         section = _made_of_section(tensor)
+    pieces = len(tensor.chunks) or len(_stored(tensor))
     sentence = (
         f"{words.elide(tensor.name)} is {words.shape_of(tensor.shape)} {tensor.dtype}, "
-        f"{words.byte_size(tensor.nbytes)}, in {plural(_stored_count(tensor), 'stored piece')}; no data is read for this"
+        f"{words.byte_size(tensor.nbytes)}, in {plural(pieces, 'stored piece')}"
     )
     return View("Lazy tensor", sentence, facts=tuple(facts), sections=(section,))
 
@@ -246,7 +247,9 @@ def _files_section(files: Sequence[SourceFile]) -> Section:
 
 def _notes_section(checkpoint: Checkpoint) -> Iterator[Section]:
     notes = [words.elide(note, words.PROSE_LIMIT) for note in checkpoint.notes]
-    facts = tuple(Fact(name, words.value_in_words(value)) for name, value in list(checkpoint.overrides.items())[:_NOTES])
+    facts = tuple(
+        Fact(name, words.value_in_words(value)) for name, value in list(checkpoint.overrides.items())[:_NOTES]
+    )
     if len(notes) > _NOTES:
         notes[_NOTES:] = [f"… {len(notes) - _NOTES:,} more notes; all are in .notes"]
     if notes or facts:
@@ -275,15 +278,15 @@ def _chunks_section(tensor: LazyTensor) -> Section:
             Cell(words.percent(chunk.stored.nbytes, tensor.nbytes), bar=chunk.stored.nbytes / largest),
             Cell(f"{chunk.rank:,}"),
             Cell(ranks_in_words([rank for rank, _ in chunk.replicas])),
-            Cell(words.elide(chunk.stored.file.replace("\\", "/").rsplit("/", 1)[-1])),
+            Cell(words.elide(Path(chunk.stored.file).name)),
             Cell(f"{chunk.stored.offset:,}"),
         )
         for chunk in tensor.chunks[:_PIECES]
     )
     hidden = max(len(tensor.chunks) - _PIECES, 0)
     table = Table(columns, rows, hidden=hidden, rows_are="box", rest=".chunks")
-    return Section("Shard map", f"{plural(len(tensor.chunks), 'box')}".replace("boxs", "boxes"), tables=(table,),
-                   opened=True)  # fmt: skip
+    summary = "1 box" if len(tensor.chunks) == 1 else f"{len(tensor.chunks):,} boxes"
+    return Section("Shard map", summary, tables=(table,), opened=True)
 
 
 def ranks_in_words(ranks: Sequence[int]) -> str:
@@ -298,24 +301,19 @@ def _stored(tensor: LazyTensor) -> list[ex.Stored]:
     return [node for node in ex.walk(tensor.expr) if isinstance(node, ex.Stored)]
 
 
-def _stored_count(tensor: LazyTensor) -> int:
-    return len(tensor.chunks) or len(_stored(tensor))
-
-
 def _made_of_section(tensor: LazyTensor) -> Section:
-    """For a tensor that was cut out of others: the nodes of its expression, and the pieces below them."""
-    kinds = Counter(type(node).__name__ for node in ex.walk(tensor.expr))
-    facts = tuple(Fact(name, f"{count:,}") for name, count in kinds.items())
+    """For a tensor that was cut out of others: the nodes of its expression, and the stored pieces below them."""
+    kinds = Counter(type(node).__name__.lower() for node in ex.walk(tensor.expr))
     columns = (Column("stored piece", code=True), Column("shape"), Column("bytes", number=True))
     stored = _stored(tensor)
     rows = tuple(
         (
-            Cell(words.elide(node.file.replace("\\", "/").rsplit("/", 1)[-1])),
+            Cell(words.elide(Path(node.file).name)),
             Cell(words.shape_of(node.shape)),
             Cell(words.byte_size(node.nbytes)),
         )
         for node in stored[:_PIECES]
     )
     table = Table(columns, rows, hidden=max(len(stored) - _PIECES, 0), rows_are="piece", rest=".expr")
-    elements = math.prod(tensor.shape)
-    return Section("Made of", f"an expression for {plural(elements, 'element')}", facts, (table,), opened=True)
+    summary = "an expression of " + ", ".join(f"{count:,} {name}" for name, count in kinds.items())
+    return Section("Made of", summary, tables=(table,), opened=True)

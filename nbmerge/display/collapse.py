@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 _LISTED = 4  # numbers that are listed one by one where they make no range
 
@@ -62,7 +63,7 @@ def _in_words(numbers: set[int]) -> str:
     if len(ordered) == 1:
         return str(ordered[0])
     step = ordered[1] - ordered[0]
-    if len(ordered) > 2 and all(b - a == step for a, b in zip(ordered, ordered[1:], strict=False)):
+    if len(ordered) > 2 and all(b - a == step for a, b in pairwise(ordered)):
         return f"{{{ordered[0]}..{ordered[-1]}}}" if step == 1 else f"{{{ordered[0]}..{ordered[-1]} step {step}}}"
     if len(ordered) == 2 and step == 1:
         return f"{{{ordered[0]}..{ordered[1]}}}"

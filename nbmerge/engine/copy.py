@@ -11,7 +11,7 @@ import numpy as np
 
 from nbmerge.engine.lower import Piece, blocks, pieces
 from nbmerge.engine.read import fill, words
-from nbmerge.engine.sources import LocalFiles, ends_early
+from nbmerge.engine.sources import LocalFiles, ends_early, pread_into
 from nbmerge.expressions import Expr, Stored
 from nbmerge.geometry import Box, Shape, contiguous_strides, ravel
 
@@ -149,7 +149,7 @@ def copy_run(source: int, target: int, run: Run) -> None:
     buffer = _thread.buffer
     done = 0
     while done < run.length:
-        count = os.preadv(source, [buffer[: run.length - done]], run.source_offset + done)
+        count = pread_into(source, buffer[: run.length - done], run.source_offset + done)
         if count == 0:
             raise ends_early(run.file, run.source_offset + run.length)
         write_all(target, buffer[:count], run.offset + done)

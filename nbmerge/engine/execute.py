@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 import time
@@ -18,6 +19,7 @@ from nbmerge.engine.sources import LocalFiles
 from nbmerge.errors import InconsistentCheckpointError, summarise
 from nbmerge.plan import Drift, Equality, MergePlan, OutputFile
 
+_log = logging.getLogger(__name__)
 PART = ".part"
 _PENDING_PER_WORKER = 4
 
@@ -92,6 +94,7 @@ def write_files(plan: MergePlan, directory: Path, listener: Listener = silent) -
             path = directory / file.name
             if _is_whole(path, file):
                 reused.append(file.name)
+                _log.debug("%s: whole already", file.name)
                 listener(Advanced(file.data_bytes))
                 listener(FileDone(file.name, file.size, True))
                 continue
@@ -111,6 +114,7 @@ def _write_file(
     file: OutputFile, path: Path, buffer_bytes: int, sources: LocalFiles, pool: Pool, listener: Listener
 ) -> None:
     part = path.with_name(path.name + PART)
+    start = time.perf_counter()
     try:
         with _created(part, file.size) as target:
             copy.write_all(target, memoryview(file.header), 0)
@@ -124,6 +128,9 @@ def _write_file(
     except BaseException:
         part.unlink(missing_ok=True)
         raise
+    _log.debug(
+        "%s: %d bytes, %d tensors in %.2f s", file.name, file.size, len(file.tensors), time.perf_counter() - start
+    )
     listener(FileDone(file.name, file.size, False))
 
 

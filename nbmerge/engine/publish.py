@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import logging
 import os
 import shutil
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ from nbmerge.errors import SpaceError, TargetError, listing
 from nbmerge.plan import MergePlan
 from nbmerge.receipt import RECEIPT_NAME
 
+_log = logging.getLogger(__name__)
 _MODEL_SUFFIXES = {".safetensors", ".json", ".jinja", ".model", ".txt", ".md", ".bin", ".py", ".tiktoken"}
 _MODEL_FOLDERS = {"lora_adapter", "additional_chat_templates"}
 _HEADROOM = 2**20  # bytes for directory entries and the receipt
@@ -147,6 +149,11 @@ def workspace(target: Target) -> Iterator[Path]:
                 fix="wait for it, or choose another target",
             ) from error  # fmt: skip
         target.work.mkdir(exist_ok=True)
+        if target.work.is_symlink() or target.work.stat().st_uid != os.getuid():
+            raise TargetError(
+                "the working directory beside the target belongs to somebody else", where=str(target.work),
+                fix="choose a target in a directory of your own",
+            )  # fmt: skip
         yield target.work
         target.lock.unlink(missing_ok=True)
     finally:
@@ -168,6 +175,7 @@ def publish(target: Target) -> None:
             old.rename(target.path)
         raise
     sync_directory(target.path.parent)
+    _log.debug("published %s", target.path)
     if old is not None:
         shutil.rmtree(old, ignore_errors=True)
 

@@ -64,7 +64,7 @@ class LocalFiles:
         done = 0
         with self.descriptor(file) as fd:
             while done < len(view):
-                count = os.preadv(fd, [view[done:]], offset + done)
+                count = pread_into(fd, view[done:], offset + done)
                 if count == 0:
                     raise ends_early(file, offset + len(view))
                 done += count
@@ -79,6 +79,15 @@ class LocalFiles:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def pread_into(fd: int, view: memoryview, offset: int) -> int:
+    """Reads bytes at `offset` into the view and returns how many; 0 at the end of the file."""
+    if hasattr(os, "preadv"):
+        return os.preadv(fd, [view], offset)
+    data = os.pread(fd, len(view), offset)  # macOS has no preadv
+    view[: len(data)] = data
+    return len(data)
 
 
 def ends_early(file: str, wanted: int) -> CorruptFileError:

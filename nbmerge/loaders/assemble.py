@@ -133,7 +133,7 @@ class Assembler:
             )
         return Problem(
             f"{name}: the ranks hold {held}, and nothing says whether these are copies or row shards",
-            why="plain tensors carry no placement, and there is no config whose shape would decide",
+            why="plain tensors carry no placement, and no config says what shape this one has",
             fix="pass --hf_model_config_path DIR, or --mesh_shape and --placements FILE",
             kind="ambiguous",
         )

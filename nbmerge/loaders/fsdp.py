@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import fnmatch
 import json
+import logging
 import re
 from collections import Counter
 from collections.abc import Mapping
@@ -34,7 +35,8 @@ from nbmerge.loaders.base import Loader, OpenOptions, Overrides
 from nbmerge.loaders.pieces import BoxPiece, MeshPiece, Piece, piece_of
 from nbmerge.loaders.unpickle import load_torch_file
 
-_FILE = re.compile(r"(model|optim|extra_state)_world_size_(\d+)_rank_(\d+)\.pt")
+_log = logging.getLogger(__name__)
+_FILE = re.compile(r"(model|optim|extra_state)_world_size_(0|[1-9]\d*)_rank_(0|[1-9]\d*)\.pt")
 _ROLES = {"model": "weights", "optim": "optimizer", "extra_state": "extra state"}
 _FLAT_PARAMETER = re.compile(r"(^|\.)_?flat_param(_\d+)?$")
 
@@ -50,7 +52,7 @@ class _Directory:
     def scan(path: Path) -> _Directory:
         files: dict[tuple[str, int], dict[int, Path]] = {}
         for child in sorted(path.iterdir()):
-            if match := _FILE.fullmatch(child.name):
+            if (match := _FILE.fullmatch(child.name)) and child.is_file():
                 role, world_size, rank = match[1], int(match[2]), int(match[3])
                 files.setdefault((role, world_size), {})[rank] = child
         return _Directory(path, files)
@@ -139,13 +141,14 @@ def _fsdp_version(directory: Path, world_size: int) -> int | None:
         return None
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        said, version = config.get("world_size", world_size), config.get("FSDP_version")
+        version = None if version is None else int(version)
+    except (ValueError, TypeError, AttributeError) as error:
         raise CheckpointError(
-            f"fsdp_config.json is no JSON: {error}",
+            f"fsdp_config.json is not as verl writes it: {error}",
             where=str(path),
             fix="delete it: the file names say enough",
         ) from error
-    said = config.get("world_size", world_size)
     if said != world_size:
         raise InconsistentCheckpointError(
             f"fsdp_config.json says world size {said}, the files say {world_size}",
@@ -153,8 +156,7 @@ def _fsdp_version(directory: Path, world_size: int) -> int | None:
             why="files of two checkpoints were mixed",
             fix="copy the directory again from the machine that trained",
         )
-    version = config.get("FSDP_version")
-    return int(version) if version is not None else None
+    return version
 
 
 def _config_dir(directory: Path) -> Path | None:
@@ -206,6 +208,7 @@ def _read_all(weights: Mapping[int, Path], options: OpenOptions) -> dict[int, Ma
                     fix="pass the directory of a checkpoint's model files",
                 )  # fmt: skip
             states[rank] = state
+            _log.debug("%s: %d entries", path.name, len(state))
             options.listener(Advanced(path.stat().st_size))
     options.listener(Ended("reading"))
     return states

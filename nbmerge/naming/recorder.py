@@ -123,7 +123,8 @@ def _unbind(args: Sequence[Any], outputs: list[torch.Tensor]) -> list[Expr]:
 
 def _slice(args: Sequence[Any], outputs: list[torch.Tensor]) -> Expr:
     source: Expr = args[0]
-    dim, start, _, step = [*args[1:], *[0, None, None, 1][len(args) - 1 :]]
+    given: list[Any] = list(args[1:])
+    dim, start, _, step = given + [0, None, None, 1][len(given) :]
     if step != 1:
         raise NotImplementedError(f"a slice with step {step}")
     size = source.shape[dim]

@@ -1,0 +1,137 @@
+"""Renders a view as static HTML that survives what notebooks do to it.
+
+GitHub and an untrusted JupyterLab drop `<style>`, scripts, SVG, `<input>` and every `var()`; what is left here
+still reads: tables, `<details>`, alignment as attributes, and bars as gradients of literal colours that are legible
+on light and on dark. The one `<style>` improves it where it is kept. Everything that is shown is escaped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from markupsafe import escape
+
+from nbmerge.display.model import PROBLEM, Alert, Cell, Column, Fact, Section, Table, View
+from nbmerge.display.words import visible
+
+_STYLE = """<style>
+.nbm{--nbm-line:var(--jp-border-color2,rgba(128,128,128,.35));font-size:var(--jp-content-font-size1,14px)}
+.nbm table{font-size:var(--jp-ui-font-size1,13px);font-variant-numeric:tabular-nums}
+.nbm tbody tr,.nbm thead tr{background:none!important}
+.nbm tbody tr:hover{background:var(--jp-layout-color2,rgba(128,128,128,.12))!important}
+.nbm th,.nbm td{border:0;border-bottom:1px solid var(--nbm-line);padding:3px 10px 3px 0;vertical-align:top}
+.nbm td+td,.nbm th+td,.nbm th+th{padding-left:10px}
+.nbm thead th{vertical-align:bottom}
+.nbm .nbm-n{white-space:nowrap}
+.nbm code{background:none;padding:0;color:inherit}
+.nbm summary:focus-visible{outline:2px solid rgb(76,139,245);outline-offset:2px}
+.nbm-facts th,.nbm-facts td{border:0!important;padding-top:1px!important;padding-bottom:1px!important}
+</style>"""
+
+_BAR = "rgba(76,139,245,.35)"
+_LEFT = ' style="text-align:left"'
+_HEAD = ' style="text-align:left;font-weight:normal"'
+_TABLE = '<div style="overflow-x:auto"><table style="border-collapse:collapse;margin:4px 0 8px 0"'
+_ALERTS = {  # mark, edge, ground
+    True: ("✗ Problem", "rgba(220,50,47,.9)", "rgba(220,50,47,.13)"),
+    False: ("▲ Attention", "rgba(200,140,0,.9)", "rgba(230,170,0,.16)"),
+}
+
+
+def render_html(view: View) -> str:
+    """The whole view as one block of HTML."""
+    return "".join(_parts(view))
+
+
+def _parts(view: View) -> Iterator[str]:
+    yield f'{_STYLE}<div class="nbm" style="overflow-wrap:break-word">'
+    yield f'<p style="margin:0 0 6px 0"><b>{_safe(view.title)}</b> · {_safe(view.sentence)}</p>'
+    for alert in view.alerts:
+        yield from _alert(alert)
+    if view.facts:
+        yield from _facts(view.facts)
+    for section in view.sections:
+        yield from _section(section)
+    if view.code:
+        title = f"<b>{_safe(view.code_title)}</b>" if view.code_title else ""
+        code = "\n".join(_safe(line) for line in view.code)
+        yield f'<div style="margin:6px 0 0 0">{title}<pre style="margin:2px 0;white-space:pre-wrap">{code}</pre></div>'
+    yield "</div>"
+
+
+def _safe(text: str) -> str:
+    return str(escape(visible(text)))
+
+
+def _alert(alert: Alert) -> Iterator[str]:
+    mark, edge, ground = _ALERTS[alert.kind == PROBLEM]
+    yield (
+        f'<div style="border-left:4px solid {edge};background:{ground};padding:6px 10px;margin:0 0 6px 0">'
+        f"<b>{mark}:</b> {_safe(alert.what)}"
+    )
+    for label, text in alert.details:
+        yield f'<div style="margin-left:1.2em"><b>{_safe(label)}</b> {_safe(text)}</div>'
+    yield "</div>"
+
+
+def _facts(facts: Sequence[Fact]) -> Iterator[str]:
+    yield f'{_TABLE} class="nbm-facts"><tbody>'
+    for fact in facts:
+        yield (
+            f'<tr><th scope="row" align="left"{_HEAD}>{_safe(fact.label)}</th>'
+            f"<td{_LEFT}>{_code(_safe(fact.value), code=fact.code)}</td></tr>"
+        )
+    yield "</tbody></table></div>"
+
+
+def _section(section: Section) -> Iterator[str]:
+    opened = " open" if section.opened else ""
+    summary = f" · {_safe(section.summary)}" if section.summary else ""
+    yield f'<details{opened} style="margin:0 0 4px 0"><summary style="cursor:pointer">'
+    yield f"<b>{_safe(section.title)}</b>{summary}</summary>"
+    if section.facts:
+        yield from _facts(section.facts)
+    for table in section.tables:
+        yield from _table(table)
+    for note in section.notes:
+        yield f'<p style="margin:2px 0 4px 0">{_safe(note)}</p>'
+    yield "</details>"
+
+
+def _table(table: Table) -> Iterator[str]:
+    yield f"{_TABLE}>"
+    if table.title:
+        yield f'<caption align="left"{_LEFT}>{_safe(table.title)}</caption>'
+    heads = (
+        f'<th scope="col" align="right">{_safe(column.title)}</th>'
+        if column.number
+        else f'<th scope="col" align="left"{_LEFT}>{_safe(column.title)}</th>'
+        for column in table.columns
+    )
+    yield f"<thead><tr>{''.join(heads)}</tr></thead><tbody>"
+    for row in table.rows:
+        cells = (_cell(cell, column, i == 0) for i, (cell, column) in enumerate(zip(row, table.columns, strict=True)))
+        yield f"<tr>{''.join(cells)}</tr>"
+    yield "</tbody></table></div>"
+    if table.cut:
+        yield f'<p style="margin:0 0 6px 0">{_safe(table.cut)}</p>'
+
+
+def _cell(cell: Cell, column: Column, first: bool) -> str:
+    content = _code(_safe(cell.text), code=column.code)
+    if first:
+        return f'<th scope="row" align="left"{_HEAD}>{content}</th>'
+    if not column.number:
+        return f"<td{_LEFT}>{content}</td>"
+    bar = f' style="background:{_gradient(cell.bar)}"' if cell.bar is not None else ""
+    return f'<td align="right" class="nbm-n"{bar}>{content}</td>'
+
+
+def _gradient(fraction: float) -> str:
+    """A bar from the left, as long as the fraction of the cell."""
+    stop = f"{100 * min(max(fraction, 0.0), 1.0):.0f}%"
+    return f"linear-gradient(90deg,{_BAR} {stop},transparent {stop})"
+
+
+def _code(content: str, *, code: bool) -> str:
+    return f"<code>{content}</code>" if code else content

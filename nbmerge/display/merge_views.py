@@ -1,0 +1,271 @@
+"""What is shown of a merge's plan and of its report."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Hashable, Iterable, Iterator, Sequence
+from pathlib import Path
+
+from nbmerge.display import words
+from nbmerge.display.checkpoint_views import dtypes_in_words, problem_alerts
+from nbmerge.display.collapse import collapse
+from nbmerge.display.model import ATTENTION, Alert, Cell, Column, Fact, Section, Table, View
+from nbmerge.errors import ConfigError, listing, plural
+from nbmerge.naming.model import auto_class_name
+from nbmerge.plan import Drift, MergePlan
+from nbmerge.receipt import RECEIPT_NAME
+from nbmerge.report import MergeReport
+
+_FILES = 12
+_ROWS = 16
+
+
+def plan_view(plan: MergePlan) -> View:
+    """What will be written and how; what is wrong, and what must not be overlooked, first."""
+    return View(
+        title="Merge plan",
+        sentence=_plan_sentence(plan),
+        alerts=(*problem_alerts(plan.problems), *_drift_alert(plan.drift)),
+        facts=tuple(_plan_facts(plan)),
+        sections=tuple(_plan_sections(plan, plan.drift)),
+        code_title="" if plan.problems else "Next",
+        code=() if plan.problems else ('report = nbmerge.merge(plan, "TARGET_DIR")',),
+    )
+
+
+def report_view(report: MergeReport) -> View:
+    """What was done and proved, and what to do next; after a dry run the plan, and that nothing was written."""
+    if report.target is None:
+        return _dry_run_view(report)
+    return View(
+        title="Merge report",
+        sentence=_report_sentence(report, report.target),
+        alerts=tuple(_drift_alert(report.drift)),
+        facts=tuple(_report_facts(report, report.target)),
+        sections=tuple(_plan_sections(report.plan, report.drift, done=True)),
+        code_title="Next",
+        code=_load_lines(report.plan, report.target),
+    )
+
+
+def _dry_run_view(report: MergeReport) -> View:
+    plan = report.plan
+    return View(
+        title="Dry run",
+        sentence=f"nothing was written; a merge {_would(plan)}",
+        alerts=(*problem_alerts(plan.problems), *_drift_alert(report.drift or plan.drift)),
+        facts=tuple(_plan_facts(plan)),
+        sections=tuple(_plan_sections(plan, report.drift or plan.drift)),
+        code_title="" if plan.problems else "Next",
+        code=() if plan.problems else ('report = nbmerge.merge(report.plan, "TARGET_DIR")',),
+    )
+
+
+def _would(plan: MergePlan) -> str:
+    count = sum(len(file.tensors) for file in plan.files)
+    return (
+        f"will write {plural(count, 'tensor')}, {words.byte_size(plan.data_bytes)}, "
+        f"of {plan.model_class} to {plural(len(plan.files), 'safetensors file')}"
+    )
+
+
+def _plan_sentence(plan: MergePlan) -> str:
+    if plan.problems:
+        return f"cannot be carried out: {plural(len(plan.problems), 'problem')}; nothing will be written"
+    return _would(plan)
+
+
+def _plan_facts(plan: MergePlan) -> Iterator[Fact]:
+    run = plan.execution
+    yield Fact("from", words.elide(str(plan.checkpoint.path), 2 * words.NAME_LIMIT), code=True)
+    yield Fact("model class", words.elide(plan.model_class), code=True)
+    yield Fact("bytes", f"{words.exact_bytes(plan.total_bytes)} in all files")
+    yield Fact("dtype", _dtypes(plan))
+    yield Fact("names", _names(plan))
+    yield Fact(
+        "peak memory",
+        f"{words.byte_size(run.peak_bytes)} at most: {plural(run.workers, 'worker')}, "
+        f"{words.byte_size(run.buffer_bytes)} at a time each",
+    )
+    yield Fact("execution", f"{run.engine}: {run.why}")
+    if given := {name: value for name, value in plan.options.given().items() if value is not None}:
+        yield Fact("options", words.elide(", ".join(f"{k}={words.value_in_words(v)}" for k, v in given.items()), 300))
+
+
+def _report_sentence(report: MergeReport, target: Path) -> str:
+    plan = report.plan
+    count = sum(len(file.tensors) for file in plan.files)
+    return (
+        f"merged {plural(count, 'tensor')}, {words.byte_size(plan.data_bytes)}, of {plan.model_class} "
+        f"into {words.elide(str(target))}" + (" and verified them" if report.verification else "")
+    )
+
+
+def _report_facts(report: MergeReport, target: Path) -> Iterator[Fact]:
+    plan = report.plan
+    yield Fact("target", words.elide(str(target), 2 * words.NAME_LIMIT), code=True)
+    yield Fact("from", words.elide(str(plan.checkpoint.path), 2 * words.NAME_LIMIT), code=True)
+    if report.verification:
+        yield Fact("verified", report.verification.sentence)
+    speed = f", {words.byte_size(report.bytes_per_second)}/s" if report.written_bytes else ""
+    yield Fact("written", f"{words.exact_bytes(report.written_bytes)} in {words.duration(report.seconds)}{speed}")
+    if report.reused:
+        text = f"{plural(len(report.reused), 'file')} of an earlier, interrupted run: {listing(report.reused)}"
+        yield Fact("reused", words.elide(text, words.PROSE_LIMIT))
+    yield Fact("dtype", _dtypes(plan))
+    yield Fact("names", _names(plan))
+    if report.receipt:
+        yield Fact("receipt", RECEIPT_NAME, code=True)
+
+
+def _dtypes(plan: MergePlan) -> str:
+    nbytes: Counter[str] = Counter()
+    for file in plan.files:
+        for tensor in file.tensors:
+            nbytes[tensor.expr.dtype.name] += tensor.nbytes
+    return (dtypes_in_words(nbytes, plan.data_bytes) or "none") + ("" if plan.casts else ", as stored")
+
+
+def _names(plan: MergePlan) -> str:
+    where = {"hub": "as published checkpoints have them", "transformers": "as transformers has them in memory"}
+    wanted = where.get(plan.options.dialect, plan.options.dialect)
+    changed = f"{plural(plan.renamed, 'tensor')} renamed or cut" if plan.renamed else "unchanged"
+    return f"{wanted}; {changed}"
+
+
+def _drift_alert(drift: Sequence[Drift]) -> Iterator[Alert]:
+    if not drift:
+        return
+    names = list(dict.fromkeys(one.name for one in drift))
+    yield Alert(
+        ATTENTION,
+        f"{plural(len(drift), 'copy') if len(drift) == 1 else f'{len(drift):,} copies'} of "
+        f"{plural(len(names), 'tensor')} differ between ranks; the lowest rank's is written",
+        (
+            ("tensors", words.elide(listing(words.elide(name) for name in names), words.PROSE_LIMIT)),
+            ("why", "ranks that should hold the same values drifted apart in training; the receipt lists them"),
+        ),
+    )
+
+
+def _plan_sections(plan: MergePlan, drift: Sequence[Drift], *, done: bool = False) -> Iterator[Section]:
+    yield _files_section(plan, done=done)
+    if drift:
+        yield _drift_section(drift)
+    changes = [table for table in _change_tables(plan) if table.rows]
+    if changes:
+        summary = ", ".join(_counted(table) for table in changes)
+        yield Section("Changes", summary, tables=tuple(changes), opened=len(changes) < 3)
+    facts = tuple(Fact(name, words.value_in_words(value)) for name, value in plan.checkpoint.overrides.items())
+    if facts:
+        yield Section("Overrides", f"{plural(len(facts), 'fact')} of the layout as the user gave them", facts=facts[:8],
+                      opened=True)  # fmt: skip
+
+
+def _counted(table: Table) -> str:
+    return f"{table.title.split(':')[0].lower()}"
+
+
+def _files_section(plan: MergePlan, *, done: bool) -> Section:
+    columns = (
+        Column("file", code=True),
+        Column("tensors", number=True),
+        Column("bytes", number=True),
+        Column("share", number=True),
+    )
+    total = plan.total_bytes
+    sizes = [(file.name, f"{len(file.tensors):,}", file.size) for file in plan.files]
+    sizes += [(file.name, "·", file.size) for file in plan.side_files]
+    rows = tuple(
+        (
+            Cell(words.elide(name)),
+            Cell(count),
+            Cell(words.byte_size(size)),
+            Cell(words.percent(size, total), bar=size / total if total else 0.0),
+        )
+        for name, count, size in (*sizes[: _FILES - 4], *sizes[_FILES - 4 :][-4:])
+    )
+    table = Table(columns, rows, hidden=len(sizes) - len(rows), rows_are="file", rest=".files and .side_files")
+    title = "Files written" if done else "Files to write"
+    summary = f"{plural(len(sizes), 'file')}, {words.byte_size(total)}, and the receipt"
+    return Section(title, summary, tables=(table,))
+
+
+def _drift_section(drift: Sequence[Drift]) -> Section:
+    columns = (Column("tensor", code=True), Column("copies that differ"), Column("piece", code=True), Column("first at"))
+    rows = tuple(_drift_row(one) for one in drift[:_ROWS])
+    hidden = max(len(drift) - _ROWS, 0)
+    table = Table(columns, rows, hidden=hidden, rows_are="pair", rest=".drift")
+    summary = f"{plural(len(drift), 'pair')} of copies that differ; first at: the first index in the piece"
+    return Section("Drift", summary, tables=(table,))
+
+
+def _drift_row(drift: Drift) -> tuple[Cell, ...]:
+    # The engine says `ranks 0 and 1 hold copies of NAME[box]`; another sentence is shown as it is.
+    who, found, piece = drift.what.partition(f" hold copies of {drift.name}")
+    texts = (drift.name, who if found else drift.what, piece if found else "·", words.shape_of(drift.index))
+    return tuple(Cell(words.elide(text)) for text in texts)
+
+
+def _change_tables(plan: MergePlan) -> Iterator[Table]:
+    yield _names_table(
+        f"{plural(len(plan.casts), 'cast')}: dtype changed, rounded to the nearest, ties to even",
+        "cast",
+        ((cast.name, f"{cast.before} → {cast.after}") for cast in plan.casts),
+        ".casts",
+    )
+    yield _names_table(
+        f"{plural(len(plan.drops), 'drop')}: in the checkpoint and not written",
+        "why",
+        ((drop.name, drop.reason) for drop in plan.drops),
+        ".drops",
+    )
+    yield _names_table(
+        f"{plural(len(plan.ties), 'tie')}: not written, because another tensor holds the same values",
+        "kept as",
+        ((tie.name, tie.kept) for tie in plan.ties),
+        ".ties",
+    )
+    yield _names_table(
+        f"{len(plan.unloaded):,} unloaded: written, and known to {plan.model_class}, which does not load them",
+        "",
+        ((name, "") for name in plan.unloaded),
+        ".unloaded",
+    )
+    edits = list(plan.config_edits.items())
+    rows = tuple(
+        (Cell(words.elide(key)), Cell(words.value_in_words(before)), Cell(words.value_in_words(after)))
+        for key, (before, after) in edits[:_ROWS]
+    )
+    columns = (Column("key", code=True), Column("before"), Column("after"))
+    title = f"{plural(len(edits), 'config edit')}: keys of config.json that the merge changes"
+    yield Table(columns, rows, title, max(len(edits) - _ROWS, 0), "key", ".config_edits")
+
+
+def _names_table(title: str, reason: str, named: Iterable[tuple[str, Hashable]], rest: str) -> Table:
+    """Tensors with what happens to each, repeated layers collapsed."""
+    groups = collapse(named)
+    columns = [Column("tensor", code=True), Column("tensors", number=True)]
+    columns += [Column(reason, code=rest == ".ties")] if reason else []
+    rows = []
+    for group in groups[:_ROWS]:
+        cells = [Cell(words.elide(group.name)), Cell(f"{len(group.members):,}")]
+        rows.append((*cells, Cell(words.elide(str(group.key), 120))) if reason else tuple(cells))
+    return Table(tuple(columns), tuple(rows), title, max(len(groups) - _ROWS, 0), "row", rest)
+
+
+def _load_lines(plan: MergePlan, target: Path) -> tuple[str, ...]:
+    """The lines that load what was written."""
+    try:
+        loader = auto_class_name(plan.model_class, is_value_model=plan.options.is_value_model)
+    except ConfigError:
+        loader = plan.model_class
+    side = {file.name for file in plan.side_files}
+    tokenizer = side & {"tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json"}
+    names = [loader, "AutoTokenizer"] if tokenizer else [loader]
+    # repr() also writes out what a path could smuggle into the code.
+    where = ascii(str(target)) if not str(target).isprintable() else repr(str(target))
+    lines = [f"from transformers import {', '.join(names)}", f"model = {loader}.from_pretrained({where})"]
+    if tokenizer:
+        lines.append(f"tokenizer = AutoTokenizer.from_pretrained({where})")
+    return tuple(lines)

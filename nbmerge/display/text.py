@@ -1,0 +1,123 @@
+"""Renders a view as text for a terminal: at most about 110 columns, no escape codes."""
+
+from __future__ import annotations
+
+import re
+import textwrap
+from collections.abc import Iterator, Sequence
+from itertools import zip_longest
+
+from nbmerge.display.model import PROBLEM, Alert, Cell, Fact, Section, Table, View
+from nbmerge.display.words import visible
+
+_WIDTH = 108
+_GAP = "  "
+_NARROWEST = 14  # columns of text are wrapped down to this
+_BREAK = re.compile(r"(?<=[\s/_·])|(?<=[.,])(?!\d)|(?<=\.\.)(?=\d)")
+"""Where a cell may be wrapped: never inside a number."""
+
+
+def render_text(view: View) -> str:
+    """The whole view as lines of text."""
+    return "\n".join(line.rstrip() for line in _lines(view))
+
+
+def _lines(view: View) -> Iterator[str]:
+    yield from _wrapped(f"{view.title}: {visible(view.sentence)}", "  ")
+    for alert in view.alerts:
+        yield from _alert(alert)
+    if view.facts:
+        yield ""
+        yield from _facts(view.facts)
+    for section in view.sections:
+        yield ""
+        yield from _section(section)
+    if view.code:
+        yield ""
+        if view.code_title:
+            yield f"{view.code_title}:"
+        yield from (f"  {visible(line)}" for line in view.code)
+
+
+def _wrapped(text: str, indent: str) -> list[str]:
+    # Long words stay whole, so that a path can be copied and a number is never cut.
+    return textwrap.wrap(
+        text, _WIDTH, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
+    ) or [""]  # fmt: skip
+
+
+def _alert(alert: Alert) -> Iterator[str]:
+    mark = "✗ problem: " if alert.kind == PROBLEM else "! attention: "
+    yield from _wrapped(mark + visible(alert.what), "    ")
+    width = max((len(label) for label, _ in alert.details), default=0)
+    for label, text in alert.details:
+        indent = " " * (4 + width + 2)
+        yield from _wrapped(f"    {label + ':':{width + 1}} {visible(text)}", indent)
+
+
+def _facts(facts: Sequence[Fact]) -> Iterator[str]:
+    width = max(len(visible(fact.label)) for fact in facts)
+    for fact in facts:
+        yield from _wrapped(f"  {visible(fact.label):{width}}  {visible(fact.value)}", " " * (width + 4))
+
+
+def _section(section: Section) -> Iterator[str]:
+    yield from _wrapped(f"{section.title}" + (f": {visible(section.summary)}" if section.summary else ""), "  ")
+    if section.facts:
+        yield from _facts(section.facts)
+    for table in section.tables:
+        yield from _table(table)
+    for note in section.notes:
+        yield from _wrapped(f"  {visible(note)}", "  ")
+
+
+def _table(table: Table) -> Iterator[str]:
+    if table.title:
+        yield from _wrapped(f"  {visible(table.title)}", "    ")
+    heads = tuple(Cell(column.title) for column in table.columns)
+    rows = [[visible(cell.text) for cell in row] for row in (heads, *table.rows)]
+    widths = _widths(table, rows)
+    for number, row in enumerate(rows):
+        yield from _row(table, row, widths)
+        if number == 0:
+            yield "  " + _GAP.join("─" * width for width in widths)
+    if table.cut:
+        yield f"  {visible(table.cut)}"
+
+
+def _widths(table: Table, rows: list[list[str]]) -> list[int]:
+    """The columns' widths; the widest columns of text give way until the row fits."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(table.columns))]
+    soft = [i for i, column in enumerate(table.columns) if not column.number]
+    room = _WIDTH - 2 - len(_GAP) * (len(widths) - 1)
+    while sum(widths) > room and soft:
+        widest = max(soft, key=lambda i: widths[i])
+        if widths[widest] <= _NARROWEST:
+            break
+        widths[widest] -= 1
+    return widths
+
+
+def _row(table: Table, row: list[str], widths: list[int]) -> Iterator[str]:
+    cells = [
+        [text] if column.number else _folded(text, width)
+        for text, width, column in zip(row, widths, table.columns, strict=True)
+    ]
+    for parts in zip_longest(*cells, fillvalue=""):
+        padded = (
+            f"{part:>{width}}" if column.number else f"{part:{width}}"
+            for part, width, column in zip(parts, widths, table.columns, strict=True)
+        )
+        yield "  " + _GAP.join(padded)
+
+
+def _folded(text: str, width: int) -> list[str]:
+    """The text in lines of at most `width`, broken after spaces, dots and the like; a longer word stays whole."""
+    if len(text) <= width:
+        return [text]
+    lines = [""]
+    for piece in _BREAK.split(text):
+        if lines[-1] and len(lines[-1]) + len(piece.rstrip()) > width:
+            lines.append("")
+        lines[-1] += piece
+    return [line.strip() for line in lines]

@@ -1,0 +1,34 @@
+"""`view_of(object)`: the view of any object that a notebook shows. A new kind of object is one `register` line."""
+
+from __future__ import annotations
+
+from functools import singledispatch
+
+from nbmerge.display.checkpoint_views import checkpoint_view, loader_view, tensor_view
+from nbmerge.display.fit import fit
+from nbmerge.display.merge_views import plan_view, report_view
+from nbmerge.display.model import View
+from nbmerge.layout import Checkpoint, LazyTensor
+from nbmerge.loaders.base import Loader
+from nbmerge.plan import MergePlan
+from nbmerge.report import MergeReport
+
+
+def view_of(shown: object) -> View:
+    """What is shown of the object, small enough for a notebook. Reads no tensor data.
+
+    Raises TypeError for an object of a kind that has no view.
+    """
+    return fit(_view_of(shown))
+
+
+@singledispatch
+def _view_of(shown: object) -> View:
+    raise TypeError(f"nbmerge has no view of a {type(shown).__name__}")
+
+
+_view_of.register(Checkpoint, checkpoint_view)
+_view_of.register(LazyTensor, tensor_view)
+_view_of.register(Loader, loader_view)
+_view_of.register(MergePlan, plan_view)
+_view_of.register(MergeReport, report_view)

@@ -1,0 +1,167 @@
+"""The merger objects, with the names and signatures of verl's model merger, over the engine of this package.
+
+    config = ModelMergerConfig(operation="merge", backend="fsdp", local_dir="actor", target_dir="merged")
+    FSDPModelMerger(config).merge_and_save()
+
+Source of the interface: verl/model_merger/base_model_merger.py (Apache-2.0), whose users switch by one import.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from nbmerge.api import carry_out, open_checkpoint, plan_merge
+from nbmerge.errors import NotSupportedError, OptionError, VerificationError, plural, summarise
+from nbmerge.layout import Checkpoint, LazyTensor
+from nbmerge.memory import checkpoint_of
+from nbmerge.naming.model import HFModel, auto_class_name
+from nbmerge.plan import MergePlan
+from nbmerge.report import MergeReport
+from nbmerge.validator import differences
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass
+class ModelMergerConfig:
+    """What a merger is to do. The fields are verl's, with verl's defaults; `options` adds this package's own.
+
+    operation: `merge`, or `test` to compare what a merge would write with test_hf_dir; options: further
+    keywords of `nbmerge.merge`, such as dtype or max_shard_size. Raises OptionError.
+    """
+
+    operation: str = "merge"
+    backend: str = "auto"
+    target_dir: str | None = "tmp"
+    hf_upload_path: str | None = None
+    private: bool = False
+    test_hf_dir: str | None = None
+    tie_word_embedding: bool = False
+    trust_remote_code: bool = False
+    is_value_model: bool = False
+    local_dir: str | None = None
+    hf_model_config_path: str | None = None
+    use_cpu_initialization: bool = False
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def hf_upload(self) -> bool:
+        """Whether the merged directory is to be uploaded."""
+        return self.operation == "merge" and bool(self.hf_upload_path)
+
+    def __post_init__(self) -> None:
+        if self.operation not in ("merge", "test"):
+            raise OptionError(f"operation={self.operation!r}", fix="merge or test")
+        if self.local_dir is None:
+            raise OptionError("there is no checkpoint", fix="pass its directory: local_dir=")
+        if self.operation == "test":
+            if self.test_hf_dir is None:
+                raise OptionError("there is nothing to compare with", fix="pass test_hf_dir=")
+            self.target_dir = self.hf_upload_path = None
+            self.private = False
+
+    def merge_keywords(self) -> dict[str, Any]:
+        """The keywords of `nbmerge.plan_merge` that the fields stand for."""
+        named = ("backend", "tie_word_embedding", "trust_remote_code", "is_value_model", "hf_model_config_path")
+        return {**{name: getattr(self, name) for name in named}, **self.options}
+
+
+class BaseModelMerger(ABC):
+    """A merger of one checkpoint. Nothing is read before a method is called."""
+
+    backend: ClassVar[str]
+
+    def __init__(self, config: ModelMergerConfig) -> None:
+        self.config = config
+
+    @property
+    def local_dir(self) -> Path:
+        """The checkpoint's directory."""
+        return Path(str(self.config.local_dir)).expanduser()
+
+    @property
+    def hf_model_config_path(self) -> Path:
+        """The directory of config.json and the tokenizer."""
+        given = self.config.hf_model_config_path
+        return Path(given).expanduser() if given else self.local_dir / "huggingface"
+
+    def get_transformers_auto_model_class(self) -> Any:
+        """transformers' auto class for the config's architecture. Raises ConfigError where there is none."""
+        import transformers
+
+        model = HFModel(self.hf_model_config_path)
+        name = auto_class_name(model.architecture or "", is_value_model=self.config.is_value_model)
+        if name == "AutoModelForImageTextToText" and not hasattr(transformers, name):
+            name = "AutoModelForVision2Seq"  # its name before transformers 4.52
+        return getattr(transformers, name)
+
+    @abstractmethod
+    def merge_and_save(self) -> MergeReport:
+        """Merges the checkpoint into target_dir, or, for `test`, compares it with test_hf_dir."""
+
+    def save_hf_model_and_tokenizer(self, state_dict: Mapping[str, torch.Tensor | LazyTensor]) -> MergeReport:
+        """Writes these tensors, with config and tokenizer, as a Hugging Face directory to target_dir.
+
+        state_dict: torch tensors, lazy tensors, or both, under in-memory or published names; all that the model
+        has. Raises as `nbmerge.merge` does.
+        """
+        keywords = self.config.merge_keywords()
+        del keywords["backend"]
+        checkpoint = checkpoint_of(state_dict, self.local_dir, self.hf_model_config_path)
+        return self._write(plan_merge(checkpoint, **keywords))
+
+    def save_lora_adapter(self, state_dict: Mapping[str, torch.Tensor | LazyTensor]) -> None:
+        """Not yet: raises NotSupportedError."""
+        raise NotSupportedError(
+            "saving a LoRA adapter is not supported yet", fix="save it in the training job with peft's save_pretrained"
+        )
+
+    def upload_to_huggingface(self) -> None:
+        """Not yet: raises NotSupportedError."""
+        raise NotSupportedError(
+            "uploading is not supported yet", fix=f"hf upload USER/NAME {self.config.target_dir or 'TARGET_DIR'}"
+        )
+
+    def cleanup(self) -> None:  # noqa: B027 - a subclass may have something to release
+        """Nothing is left to release: files are open only while a method runs, and no process group is made."""
+
+    def _write(self, plan: MergePlan) -> MergeReport:
+        if self.config.hf_upload:
+            self.upload_to_huggingface()
+        return carry_out(plan, self.config.target_dir)
+
+
+class FSDPModelMerger(BaseModelMerger):
+    """Merges per-rank FSDP checkpoints (`model_world_size_N_rank_R.pt`)."""
+
+    backend = "fsdp"
+
+    def open(self) -> Checkpoint:
+        """The checkpoint's index. Raises as `nbmerge.open_checkpoint` does."""
+        return open_checkpoint(
+            self.local_dir, self.backend, hf_model_config_path=self.config.hf_model_config_path,
+            trust_remote_code=self.config.trust_remote_code,
+        )  # fmt: skip
+
+    def plan(self) -> MergePlan:
+        """What would be written."""
+        keywords = self.config.merge_keywords()
+        del keywords["backend"]
+        return plan_merge(self.open(), **keywords)
+
+    def merge_and_save(self) -> MergeReport:
+        """Merges into target_dir; for `test`, compares bit for bit and raises VerificationError on a difference."""
+        plan = self.plan()
+        if self.config.operation == "merge":
+            return self._write(plan)
+        plan.raise_if_problems()
+        problems = differences(plan, Path(str(self.config.test_hf_dir)).expanduser())
+        if problems:
+            title = f"{plural(len(problems), 'difference')} from {self.config.test_hf_dir}"
+            raise VerificationError("\n".join([title, *summarise(problems)]))
+        return MergeReport(plan)

@@ -1,0 +1,31 @@
+"""What every test has: few examples by default, and fixtures that are costly to make twice."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here may reach for the network
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+_QUIET = (HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.function_scoped_fixture)
+settings.register_profile("quick", max_examples=60, deadline=None, suppress_health_check=_QUIET, print_blob=True)
+settings.register_profile("thorough", max_examples=1500, deadline=None, suppress_health_check=_QUIET, print_blob=True)
+settings.load_profile(os.environ.get("NBMERGE_HYPOTHESIS", "quick"))
+
+
+@pytest.fixture(scope="session")
+def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory):
+    """Makes, once for each name, the directory that `save_pretrained` writes of a tiny random model."""
+    from tests.support.models import save_tiny_model
+
+    made: dict[str, object] = {}
+
+    def get(name: str):
+        if name not in made:
+            made[name] = save_tiny_model(name, tmp_path_factory.mktemp(name))
+        return made[name]
+
+    return get

@@ -1,0 +1,9 @@
+"""Small helpers that make real checkpoints and read real results.
+
+models     tiny random models, and what `save_pretrained` writes of them
+worlds     per-rank FSDP checkpoints: plain tensors, and real DTensors and ShardedTensors without process groups
+pickles    torch.save archives around any pickle
+trees      random expressions, each with the tensor that torch makes of it
+results    what is on disk: tensors by name, bit by bit
+processes  a fresh interpreter, another user
+"""

@@ -1,0 +1,131 @@
+"""Tiny random models of several families, and checkpoints of them.
+
+Sizes are odd on purpose (5 rows on 2 ranks), so that what is put together wrong does not pass by luck.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tests.support.worlds import write_mesh_world, write_ranks
+
+_TEXT = {
+    "vocab_size": 37, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64,
+}  # fmt: skip
+_EXPERTS = {"num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 6}
+_VISION = {"depth": 2, "hidden_size": 16, "intermediate_size": 24, "num_heads": 2, "out_hidden_size": 16,
+           "patch_size": 2, "spatial_merge_size": 2}  # fmt: skip
+_ROPE = {"rope_type": "default", "mrope_section": [1, 1, 0], "rope_theta": 10000.0}
+
+
+def _config(name: str) -> tuple[str, Any]:
+    """Class name and config of a family."""
+    import transformers as tf
+
+    text = dict(_TEXT)
+    head = dict(text, head_dim=4)
+    make: dict[str, Callable[[], tuple[str, Any]]] = {
+        "qwen2": lambda: ("Qwen2ForCausalLM", tf.Qwen2Config(**text, tie_word_embeddings=False)),
+        "qwen2_tied": lambda: ("Qwen2ForCausalLM", tf.Qwen2Config(**text, tie_word_embeddings=True)),
+        "qwen2_value": lambda: ("Qwen2ForTokenClassification", tf.Qwen2Config(**text, num_labels=1)),
+        "llama": lambda: ("LlamaForCausalLM", tf.LlamaConfig(**text, tie_word_embeddings=False)),
+        "qwen3_moe": lambda: (
+            "Qwen3MoeForCausalLM",
+            tf.Qwen3MoeConfig(**head, **_EXPERTS, decoder_sparse_step=1, tie_word_embeddings=False),
+        ),
+        "mixtral": lambda: (
+            "MixtralForCausalLM",
+            tf.MixtralConfig(**text, num_local_experts=3, num_experts_per_tok=2, tie_word_embeddings=False),
+        ),
+        "gemma3": lambda: (
+            "Gemma3ForCausalLM",
+            tf.Gemma3TextConfig(**head, query_pre_attn_scalar=4, sliding_window=16),
+        ),
+        "deepseek_v3": lambda: (
+            "DeepseekV3ForCausalLM",
+            tf.DeepseekV3Config(
+                **dict(text, num_key_value_heads=4), n_routed_experts=4, n_group=2, topk_group=1, num_experts_per_tok=2,
+                moe_intermediate_size=6, first_k_dense_replace=1, q_lora_rank=8, kv_lora_rank=8, qk_rope_head_dim=4,
+                qk_nope_head_dim=4, v_head_dim=4, tie_word_embeddings=False,
+            ),
+        ),
+        "qwen2_5_vl": lambda: (
+            "Qwen2_5_VLForConditionalGeneration",
+            tf.Qwen2_5_VLConfig(
+                text_config=dict(text, rope_parameters=_ROPE),
+                vision_config=dict(_VISION, window_size=8, fullatt_block_indexes=[1]),
+                tie_word_embeddings=False,
+            ),
+        ),
+        "qwen3_vl": lambda: (
+            "Qwen3VLForConditionalGeneration",
+            tf.Qwen3VLConfig(
+                text_config=dict(head, rope_parameters=_ROPE, tie_word_embeddings=True),
+                vision_config=dict(_VISION, num_position_embeddings=16, deepstack_visual_indexes=[0]),
+                tie_word_embeddings=True,
+            ),
+        ),
+    }  # fmt: skip
+    return make[name]()
+
+
+FAMILIES = (
+    "qwen2", "qwen2_tied", "qwen2_value", "llama", "qwen3_moe", "mixtral", "gemma3", "deepseek_v3", "qwen2_5_vl",
+    "qwen3_vl",
+)  # fmt: skip
+
+
+@functools.cache
+def tiny_model(name: str, dtype: str = "float32") -> Any:
+    """A random model of the family, with other values in every tensor. Shared: do not change it."""
+    import transformers
+
+    cls, config = _config(name)
+    torch.manual_seed(len(name))
+    model = getattr(transformers, cls)(config).to(getattr(torch, dtype))
+    with torch.no_grad():
+        for tensor in (*model.parameters(), *model.buffers()):
+            if tensor.is_floating_point():
+                tensor.copy_(torch.randn(tensor.shape) / 8)
+    return model.eval()
+
+
+def memory_state(name: str, dtype: str = "float32") -> dict[str, torch.Tensor]:
+    """The model's state dict with its in-memory names, tied copies included."""
+    return {key: value.detach().clone() for key, value in tiny_model(name, dtype).state_dict().items()}
+
+
+def save_tiny_model(name: str, directory: Path, dtype: str = "float32") -> Path:
+    """What `save_pretrained` writes of it."""
+    tiny_model(name, dtype).save_pretrained(directory)
+    return directory
+
+
+def write_config(directory: Path, name: str, **changes: Any) -> Path:
+    """config.json of a family, with `changes`, and a tokenizer file that must be copied as it is."""
+    cls, config = _config(name)
+    directory.mkdir(parents=True, exist_ok=True)
+    content = {**json.loads(config.to_json_string(use_diff=False)), "architectures": [cls], **changes}
+    (directory / "config.json").write_text(json.dumps(content))
+    (directory / "tokenizer_config.json").write_bytes(b'{"odd":\t"bytes", "keep": "them"}\r\n')
+    return directory
+
+
+def write_model_world(
+    directory: Path, name: str, world_size: int = 2, dtype: str = "float32", *, state: dict[str, Any] | None = None
+) -> Path:
+    """A checkpoint of a tiny model with huggingface/: DTensors, or plain tensors at world size 1."""
+    state = memory_state(name, dtype) if state is None else state
+    if world_size == 1:
+        write_ranks(directory, [state])
+    else:
+        write_mesh_world(directory, state, (world_size,))
+    write_config(directory / "huggingface", name)
+    return directory
