@@ -43,22 +43,22 @@ class Problem:
 
     def lines(self) -> list[str]:
         """The problem as text, a line for each part that is known."""
-        parts = [self.what]
-        if self.where:
-            parts.append(f"  where: {self.where}")
-        if self.why:
-            parts.append(f"  why:   {self.why}")
-        if self.fix:
-            parts.append(f"  fix:   {self.fix}")
-        return parts
+        labelled = (("where", self.where), ("why", self.why), ("fix", self.fix))
+        return [one_line(self.what), *(f"  {label + ':':7}{one_line(text)}" for label, text in labelled if text)]
 
 
 class NbmergeError(Exception):
-    """Root of the tree. `what` is the first line; `where`, `why` and `fix` follow it."""
+    """Root of the tree. `what` is the first line; `where`, `why` and `fix` follow it.
 
-    def __init__(self, what: str, *, where: str = "", why: str = "", fix: str = "") -> None:
+    problems: where a check found several things, all of them; the message lists the first of each kind.
+    """
+
+    def __init__(
+        self, what: str, *, where: str = "", why: str = "", fix: str = "", problems: Sequence[Problem] = ()
+    ) -> None:
         self.problem = Problem(what, where, why, fix)
-        super().__init__("\n".join(self.problem.lines()))
+        self.problems = tuple(problems) or (self.problem,)
+        super().__init__("\n".join([*self.problem.lines(), *summarise(problems)]))
 
     def __str__(self) -> str:  # FileNotFoundError and OSError would show their errno form
         return str(self.args[0])
@@ -127,12 +127,7 @@ class VerificationError(NbmergeError, ValueError):
 
 
 class PlanError(NbmergeError, ValueError):
-    """A plan has problems. `problems` holds all of them; the message lists the first of each kind."""
-
-    def __init__(self, problems: Sequence[Problem], *, title: str = "") -> None:
-        self.problems = tuple(problems)
-        title = title or f"the merge cannot be planned: {plural(len(self.problems), 'problem')}"
-        NbmergeError.__init__(self, "\n".join([title, *summarise(self.problems)]))
+    """A plan has problems; all of them are in `problems`."""
 
 
 def plural(count: int, noun: str) -> str:
@@ -145,6 +140,12 @@ def listing(names: Iterable[object], *, shown: int = 3) -> str:
     every = [str(name) for name in names]
     head = ", ".join(every[:shown])
     return head if len(every) <= shown else f"{head} and {len(every) - shown:,} more"
+
+
+def one_line(text: str, *, limit: int = 600) -> str:
+    """Text that may hold a checkpoint's names, on one line: control characters shown, overlong text cut."""
+    shown = "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+    return shown if len(shown) <= limit else f"{shown[: limit // 2]}…{shown[-limit // 2 :]}"
 
 
 def summarise(problems: Sequence[Problem], *, shown: int = 3) -> list[str]:
@@ -160,8 +161,5 @@ def summarise(problems: Sequence[Problem], *, shown: int = 3) -> list[str]:
         lines += [f"- {problem.what}" + (f" ({problem.where})" if problem.where else "") for problem in members[:shown]]
         if len(members) > shown:
             lines.append(f"- … and {len(members) - shown:,} more like these")
-        if why:
-            lines.append(f"  why: {why}")
-        if fix:
-            lines.append(f"  fix: {fix}")
-    return lines
+        lines += [f"  {label}: {text}" for label, text in (("why", why), ("fix", fix)) if text]
+    return [one_line(line) for line in lines]

@@ -20,6 +20,8 @@ from nbmerge.errors import OptionError, listing
 _NAME = re.compile(r"[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*")
 _MARK = "\ue000"  # private use: stands in the words that argparse sees for an object that is no text
 _STAND_IN = re.compile(f"{_MARK}(\\d+){_MARK}")
+_ANY_STAND_IN = re.compile(r"(?:\ue000|\\ue000)(\d+)(?:\ue000|\\ue000)")  # also as repr() writes it
+_ESCAPABLE = " \t\\'\"$#{}"  # before anything else a backslash is itself, as in C:\\models
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,10 @@ class Line:
         """The object that a word stands for; any other value as it is."""
         found = _STAND_IN.fullmatch(value) if isinstance(value, str) else None
         return self.objects[int(found[1])] if found else value
+
+    def readable(self, text: str) -> str:
+        """A message about the words, with `<Checkpoint>` where an object stands."""
+        return _ANY_STAND_IN.sub(lambda found: f"<{type(self.objects[int(found[1])]).__name__}>", text)
 
 
 @dataclass
@@ -94,7 +100,7 @@ class _Reader:
     def _character(self, char: str) -> None:
         """One character, or what it begins: an escape, a name, an expression."""
         following = self.text[self.at + 1 : self.at + 2]
-        if char == "\\" and following:
+        if char == "\\" and following and following in _ESCAPABLE:
             self._append(following)
             self.at += 2
         elif char in "${" and following == char:  # $$ and {{ are the characters themselves, as in IPython
@@ -134,12 +140,13 @@ class _Reader:
 
 
 def split_line(text: str, names: Mapping[str, Any]) -> Line:
-    """The words of a magic's line. names: those of the notebook, builtins included.
+    """The words of a magic's line. names: those of the notebook.
 
-    Single quotes keep everything as it is; double quotes keep spaces; a backslash keeps one character.
+    Single quotes keep everything as it is; double quotes keep spaces; a backslash keeps one character. A `;` at
+    the end, which in a notebook silences a line, is no part of it.
     Raises OptionError for a name that does not exist, an expression that fails, and a quote without its end.
     """
-    return _Reader(text.replace(_MARK, ""), names).read()
+    return _Reader(text.replace(_MARK, "").rstrip().removesuffix(";"), names).read()
 
 
 def _unclosed(quote: str, where: str) -> OptionError:
@@ -205,9 +212,13 @@ def _look_up(dotted: str, names: Mapping[str, Any]) -> tuple[object, str]:
 
 
 def _evaluate(code: str, names: Mapping[str, Any]) -> object:
-    """The value of an expression in the notebook."""
+    """The value of an expression in the notebook; `{"a": 1}` is the mapping that it looks like."""
     try:
-        return eval(code, {}, names)  # noqa: S307 - the user's own code in the user's own cell
+        try:
+            compiled = compile(code, "{…}", "eval")
+        except SyntaxError:
+            compiled = compile("{" + code + "}", "{…}", "eval")
+        return eval(compiled, dict(names))  # noqa: S307 - the user's own code in the user's own cell
     except Exception as error:
         raise OptionError(
             f"the expression fails: {type(error).__name__}: {error}", where="{" + code + "}",

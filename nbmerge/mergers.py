@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from nbmerge.api import carry_out, open_checkpoint, plan_merge
-from nbmerge.errors import NotSupportedError, OptionError, VerificationError, plural, summarise
+from nbmerge.errors import NotSupportedError, OptionError, VerificationError, plural
 from nbmerge.layout import Checkpoint, LazyTensor
 from nbmerge.memory import checkpoint_of
 from nbmerge.naming.model import HFModel, auto_class_name
@@ -163,5 +163,5 @@ class FSDPModelMerger(BaseModelMerger):
         problems = differences(plan, Path(str(self.config.test_hf_dir)).expanduser())
         if problems:
             title = f"{plural(len(problems), 'difference')} from {self.config.test_hf_dir}"
-            raise VerificationError("\n".join([title, *summarise(problems)]))
+            raise VerificationError(title, problems=problems)
         return MergeReport(plan)

@@ -113,10 +113,10 @@ def parse_size(text: str | int) -> int:
     return int(size)
 
 
-def parse_shape(text: str | tuple[int, ...]) -> tuple[int, ...]:
+def parse_shape(text: str | int | tuple[int, ...]) -> tuple[int, ...]:
     """(2, 4) of `2,4`, `2x4` or `(2, 4)`. Raises OptionError."""
-    words = re.findall(r"[^\s,x()\[\]]+", text) if isinstance(text, str) else [str(size) for size in text]
-    if not words or not all(word.isdigit() and int(word) for word in words):
+    words = re.findall(r"[^\s,x()\[\]]+", str(text))
+    if not words or not all(word.isdecimal() and int(word) for word in words):
         raise OptionError(f"{text!r} is no mesh shape", fix="sizes of its dimensions, e.g. 2,4")
     return tuple(int(word) for word in words)
 

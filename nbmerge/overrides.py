@@ -32,7 +32,7 @@ def read_placements(given: str | os.PathLike[str] | Mapping[str, Any]) -> dict[s
     if not isinstance(content, Mapping):
         raise OptionError("the placements are no mapping", fix='for example {"*": ["Shard(0)"]}')
     return {
-        str(pattern): tuple(_placement(one) for one in ([value] if isinstance(value, str) else value))
+        str(pattern): tuple(_placement(one) for one in (value if isinstance(value, (list, tuple)) else [value]))
         for pattern, value in content.items()
     }
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from nbmerge.dtypes import DType
-from nbmerge.errors import PlanError, Problem
+from nbmerge.errors import PlanError, Problem, plural
 from nbmerge.expressions import Expr
 from nbmerge.geometry import Shape
 from nbmerge.layout import Checkpoint
@@ -166,7 +166,9 @@ class MergePlan(Displayed):
     def raise_if_problems(self) -> None:
         """Raises PlanError with all problems, if there are any."""
         if self.problems:
-            raise PlanError(self.problems)
+            raise PlanError(
+                f"the merge cannot be planned: {plural(len(self.problems), 'problem')}", problems=self.problems
+            )
 
     @property
     def digest(self) -> str:

@@ -15,7 +15,8 @@ from nbmerge.engine.sources import LocalFiles
 from nbmerge.errors import Problem, plural
 from nbmerge.expressions import Cast, Compute, Expr
 from nbmerge.layout import Checkpoint
-from nbmerge.naming.model import HFModel, ModelFacts
+from nbmerge.naming.facts import ModelFacts
+from nbmerge.naming.model import HFModel
 from nbmerge.naming.published import Named, Tie, name_tensors
 from nbmerge.options import MergeOptions, parse_size
 from nbmerge.plan import CastNote, Drift, Equality, Execution, MergePlan, OutputFile

@@ -10,7 +10,8 @@ from typing import Any
 from nbmerge.dtypes import DType
 from nbmerge.engine.safetensors_file import index_json
 from nbmerge.expressions import Expr
-from nbmerge.naming.model import HFModel, ModelFacts
+from nbmerge.naming.facts import ModelFacts
+from nbmerge.naming.model import HFModel
 from nbmerge.options import MergeOptions
 from nbmerge.plan import OutputFile, SideFile
 from nbmerge.receipt import RECEIPT_NAME

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nbmerge.engine.safetensors_file import Entry, read_header
-from nbmerge.errors import NbmergeError, Problem, VerificationError, listing, summarise
+from nbmerge.errors import NbmergeError, Problem, VerificationError, listing, plural
 from nbmerge.plan import MergePlan
 
 
@@ -45,12 +45,7 @@ def verify(plan: MergePlan, directory: Path) -> Verification:
     ]
     if problems:
         raise VerificationError(
-            "\n".join(
-                [
-                    f"the result did not verify ({len(problems)} findings); it was not published",
-                    *summarise(problems),
-                ]
-            )
+            f"the result did not verify and was not published: {plural(len(problems), 'finding')}", problems=problems
         )
     return Verification(
         len(plan.files),

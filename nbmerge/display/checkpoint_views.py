@@ -202,9 +202,8 @@ def _parameters_section(tensors: list[LazyTensor], total: int) -> Section:
         Column("share", number=True),
     )
     sizes = [len(group.members) * by_name[group.members[0]].nbytes for group in groups]
-    top = max(sizes, default=0) or 1
     rows = tuple(
-        _parameter_row(group, by_name[group.members[0]], size, total, top)
+        _parameter_row(group, by_name[group.members[0]], size, total)
         for group, size in islice(zip(groups, sizes, strict=True), _ROWS)
     )
     table = Table(columns, rows, hidden=max(len(groups) - _ROWS, 0), rows_are="row", rest=".tensors")
@@ -212,7 +211,7 @@ def _parameters_section(tensors: list[LazyTensor], total: int) -> Section:
     return Section("Parameters", summary, tables=(table,), opened=len(rows) <= 24)
 
 
-def _parameter_row(group: Group, first: LazyTensor, size: int, total: int, top: int) -> tuple[Cell, ...]:
+def _parameter_row(group: Group, first: LazyTensor, size: int, total: int) -> tuple[Cell, ...]:
     return (
         Cell(words.elide(group.name)),
         Cell(f"{len(group.members):,}"),
@@ -220,7 +219,7 @@ def _parameter_row(group: Group, first: LazyTensor, size: int, total: int, top: 
         Cell(str(first.dtype)),
         Cell(words.elide(first.placement, 120)),
         Cell(words.byte_size(size)),
-        Cell(words.percent(size, total), bar=size / top),
+        Cell(words.percent(size, total), bar=size / (total or 1)),
     )
 
 
@@ -269,13 +268,12 @@ def _chunks_section(tensor: LazyTensor) -> Section:
         Column("file", code=True),
         Column("at byte", number=True),
     )
-    largest = max((chunk.stored.nbytes for chunk in tensor.chunks), default=0) or 1
     rows = tuple(
         (
             Cell(str(chunk.box)),
             Cell(words.shape_of(chunk.box.shape)),
             Cell(words.byte_size(chunk.stored.nbytes) if chunk.box.numel else "empty"),
-            Cell(words.percent(chunk.stored.nbytes, tensor.nbytes), bar=chunk.stored.nbytes / largest),
+            Cell(words.percent(chunk.stored.nbytes, tensor.nbytes), bar=chunk.stored.nbytes / (tensor.nbytes or 1)),
             Cell(f"{chunk.rank:,}"),
             Cell(ranks_in_words([rank for rank, _ in chunk.replicas])),
             Cell(words.elide(Path(chunk.stored.file).name)),

@@ -23,7 +23,7 @@ _STYLE = """<style>
 .nbm td+td,.nbm th+td,.nbm th+th{padding-left:10px}
 .nbm thead th{vertical-align:bottom}
 .nbm .nbm-n{white-space:nowrap}
-.nbm code{background:none;padding:0;color:inherit}
+.nbm code{background:none!important;padding:0!important;color:inherit!important}
 .nbm summary:focus-visible{outline:2px solid rgb(76,139,245);outline-offset:2px}
 .nbm-facts th,.nbm-facts td{border:0!important;padding-top:1px!important;padding-bottom:1px!important}
 </style>"""
@@ -31,6 +31,7 @@ _STYLE = """<style>
 _BAR = "rgba(76,139,245,.35)"
 _LEFT = ' style="text-align:left"'
 _HEAD = ' style="text-align:left;font-weight:normal"'
+_SHORT = 24  # characters of a cell that are kept on one line
 _TABLE = '<div style="overflow-x:auto"><table style="border-collapse:collapse;margin:4px 0 8px 0"'
 _ALERTS = {  # mark, edge, ground
     True: ("✗ Problem", "rgba(220,50,47,.9)", "rgba(220,50,47,.13)"),
@@ -94,14 +95,14 @@ def _section(section: Section) -> Iterator[str]:
     for table in section.tables:
         yield from _table(table)
     for note in section.notes:
-        yield f'<p style="margin:2px 0 4px 0">{_safe(note)}</p>'
+        yield f'<div style="margin:2px 0 6px 0">{_safe(note)}</div>'
     yield "</details>"
 
 
 def _table(table: Table) -> Iterator[str]:
+    if table.title:  # no <caption>, which would be as narrow as the table
+        yield f'<div style="margin:4px 0 0 0">{_safe(table.title)}</div>'
     yield f"{_TABLE}>"
-    if table.title:
-        yield f'<caption align="left"{_LEFT}>{_safe(table.title)}</caption>'
     heads = (
         f'<th scope="col" align="right">{_safe(column.title)}</th>'
         if column.number
@@ -122,7 +123,8 @@ def _cell(cell: Cell, column: Column, first: bool) -> str:
     if first:
         return f'<th scope="row" align="left"{_HEAD}>{content}</th>'
     if not column.number:
-        return f"<td{_LEFT}>{content}</td>"
+        whole = ' class="nbm-n"' if len(cell.text) <= _SHORT and not column.code else ""
+        return f"<td{whole}{_LEFT}>{content}</td>"
     bar = f' style="background:{_gradient(cell.bar)}"' if cell.bar is not None else ""
     return f'<td align="right" class="nbm-n"{bar}>{content}</td>'
 

@@ -192,7 +192,12 @@ def _files_section(plan: MergePlan, *, done: bool) -> Section:
 
 
 def _drift_section(drift: Sequence[Drift]) -> Section:
-    columns = (Column("tensor", code=True), Column("copies that differ"), Column("piece", code=True), Column("first at"))
+    columns = (
+        Column("tensor", code=True),
+        Column("copies that differ"),
+        Column("piece", code=True),
+        Column("first at"),
+    )
     rows = tuple(_drift_row(one) for one in drift[:_ROWS])
     hidden = max(len(drift) - _ROWS, 0)
     table = Table(columns, rows, hidden=hidden, rows_are="pair", rest=".drift")
@@ -208,12 +213,7 @@ def _drift_row(drift: Drift) -> tuple[Cell, ...]:
 
 
 def _change_tables(plan: MergePlan) -> Iterator[Table]:
-    yield _names_table(
-        f"{plural(len(plan.casts), 'cast')}: dtype changed, rounded to the nearest, ties to even",
-        "cast",
-        ((cast.name, f"{cast.before} → {cast.after}") for cast in plan.casts),
-        ".casts",
-    )
+    yield _casts_table(plan)
     yield _names_table(
         f"{plural(len(plan.drops), 'drop')}: in the checkpoint and not written",
         "why",
@@ -240,6 +240,24 @@ def _change_tables(plan: MergePlan) -> Iterator[Table]:
     columns = (Column("key", code=True), Column("before"), Column("after"))
     title = f"{plural(len(edits), 'config edit')}: keys of config.json that the merge changes"
     yield Table(columns, rows, title, max(len(edits) - _ROWS, 0), "key", ".config_edits")
+
+
+def _casts_table(plan: MergePlan) -> Table:
+    """A row for each pair of dtypes: a cast of the whole model is one line, not one for each tensor."""
+    kinds: dict[str, list[str]] = {}
+    for cast in plan.casts:
+        kinds.setdefault(f"{cast.before} → {cast.after}", []).append(cast.name)
+    rows = tuple(
+        (
+            Cell(kind),
+            Cell(f"{len(names):,}"),
+            Cell(words.elide(listing(group.name for group in collapse((name, None) for name in names)), 200)),
+        )
+        for kind, names in list(kinds.items())[:_ROWS]
+    )
+    columns = (Column("cast"), Column("tensors", number=True), Column("which", code=True))
+    title = f"{plural(len(plan.casts), 'cast')}: rounded to the nearest, ties to even"
+    return Table(columns, rows, title, max(len(kinds) - _ROWS, 0), "kind", ".casts")
 
 
 def _names_table(title: str, reason: str, named: Iterable[tuple[str, Hashable]], rest: str) -> Table:

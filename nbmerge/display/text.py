@@ -13,8 +13,9 @@ from nbmerge.display.words import visible
 _WIDTH = 108
 _GAP = "  "
 _NARROWEST = 14  # columns of text are wrapped down to this
-_BREAK = re.compile(r"(?<=[\s/_·])|(?<=[.,])(?!\d)|(?<=\.\.)(?=\d)")
-"""Where a cell may be wrapped: never inside a number."""
+_BREAK = re.compile(r"(?<=[\s/·])|(?<=[.,])(?!\d)|(?<=\.\.)(?=\d)")
+_LAST_BREAK = re.compile(r"(?<=[_=\-])")
+"""Where a cell may be wrapped, and where a piece of it that is still too long: never inside a number."""
 
 
 def render_text(view: View) -> str:
@@ -117,7 +118,8 @@ def _folded(text: str, width: int) -> list[str]:
         return [text]
     lines = [""]
     for piece in _BREAK.split(text):
-        if lines[-1] and len(lines[-1]) + len(piece.rstrip()) > width:
-            lines.append("")
-        lines[-1] += piece
+        for part in [piece] if len(piece.rstrip()) <= width else _LAST_BREAK.split(piece):
+            if lines[-1] and len(lines[-1]) + len(part.rstrip()) > width:
+                lines.append("")
+            lines[-1] += part
     return [line.strip() for line in lines]

@@ -16,7 +16,7 @@ from nbmerge.engine import copy
 from nbmerge.engine.comparison import Comparison
 from nbmerge.engine.events import Advanced, Ended, FileDone, Listener, Started, silent
 from nbmerge.engine.sources import LocalFiles
-from nbmerge.errors import InconsistentCheckpointError, summarise
+from nbmerge.errors import InconsistentCheckpointError
 from nbmerge.plan import Drift, Equality, MergePlan, OutputFile
 
 _log = logging.getLogger(__name__)
@@ -173,5 +173,5 @@ def _compare(plan: MergePlan, sources: LocalFiles, pool: Pool, listener: Listene
     pool.drain()
     if found.problems:
         title = f"{len(found.problems)} tensors differ from what they are tied to"
-        raise InconsistentCheckpointError("\n".join([title, *summarise(found.problems)]))
+        raise InconsistentCheckpointError(title, problems=found.problems)
     return tuple(found.drift)

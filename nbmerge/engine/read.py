@@ -43,8 +43,7 @@ def fill(target: Words, region: Box, parts: Sequence[Piece], sources: Sources) -
         if common is None:
             continue
         at = common.relative_to(region.offset)
-        # The ellipsis keeps this a view where there are no dimensions; without it numpy gives a copy of the element.
-        window = target[(*(slice(a, b) for a, b in zip(at.offset, at.stop, strict=True)), ...)]
+        window = _window(target, at)
         inside = common.relative_to(piece.box.offset)
         if isinstance(piece.leaf, Stored):
             _read_stored(piece.leaf.region(inside), window, sources)
@@ -52,6 +51,15 @@ def fill(target: Words, region: Box, parts: Sequence[Piece], sources: Sources) -
             window[...] = fill_word(piece.leaf)
         else:
             window[...] = evaluate(piece.leaf, inside, sources)
+
+
+def _window(array: Words, box: Box) -> Words:
+    """The box of an array, as a view of it."""
+    inside = (slice(start, stop) for start, stop in zip(box.offset, box.stop, strict=True))
+    # The ellipsis keeps this a view where there are no dimensions; without it numpy gives a copy of the element.
+    index: tuple[Any, ...] = (*inside, ...)
+    view: Words = array[index]
+    return view
 
 
 def fill_word(leaf: Fill) -> Any:
@@ -108,7 +116,7 @@ def evaluate(expr: Expr, region: Box, sources: Sources) -> Words:
         for new, old in reshape_box(expr.shape, expr.source.shape, region):
             at = new.relative_to(region.offset)
             part = evaluate(expr.source, old, sources)
-            target[tuple(slice(a, b) for a, b in zip(at.offset, at.stop, strict=True))] = part.reshape(new.shape)
+            _window(target, at)[...] = part.reshape(new.shape)
         return target
     if isinstance(expr, Paste):
         fill(target, region, pieces(expr, region), sources)
@@ -129,7 +137,7 @@ def _compute(expr: Compute, region: Box, sources: Sources) -> Words:
         inputs.append(to_torch(evaluate(source, box, sources), source.dtype))
     result = from_torch(expr.function(*inputs), expr.dtype)
     start = region.offset if axis is None else _with(region.offset, axis, 0)
-    return result[tuple(slice(a, a + n) for a, n in zip(start, region.shape, strict=True))]
+    return _window(result, Box(start, region.shape))
 
 
 def _with(values: tuple[int, ...], dim: int, value: int) -> tuple[int, ...]:

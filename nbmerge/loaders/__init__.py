@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from nbmerge.errors import AmbiguousCheckpointError, NotACheckpointError, OptionError, listing
+from nbmerge.errors import AmbiguousCheckpointError, CheckpointError, NotACheckpointError, OptionError, listing
 from nbmerge.layout import Checkpoint
 from nbmerge.loaders.base import Loader, OpenOptions, existing_directory
 from nbmerge.loaders.fsdp import FSDPLoader
@@ -22,8 +22,14 @@ def open_checkpoint_directory(path: Path, backend: str, options: OpenOptions) ->
 
     Raises NotACheckpointError, AmbiguousCheckpointError, OptionError, and what the loader raises.
     """
-    directory = existing_directory(path)
-    return choose_loader(directory, backend).open(directory, options)
+    try:
+        directory = existing_directory(path)
+        return choose_loader(directory, backend).open(directory, options)
+    except PermissionError as error:
+        raise CheckpointError(
+            "the checkpoint cannot be read: permission denied", where=str(error.filename),
+            fix="change its permissions, or read it as the user who owns it",
+        ) from error  # fmt: skip
 
 
 def choose_loader(directory: Path, backend: str, loaders: Sequence[Loader] = LOADERS) -> Loader:
@@ -54,7 +60,7 @@ def choose_loader(directory: Path, backend: str, loaders: Sequence[Loader] = LOA
 
 
 def _nothing_recognised(directory: Path, loaders: Sequence[Loader]) -> NotACheckpointError:
-    near = [path for path in _below(directory) if any(loader.evidence(path) for loader in loaders)]
+    near = [path for path in _below(directory) if _is_recognised(path, loaders)]
     return NotACheckpointError(
         "this directory is no checkpoint that can be read",
         where=str(directory),
@@ -62,6 +68,13 @@ def _nothing_recognised(directory: Path, loaders: Sequence[Loader]) -> NotACheck
         + "; ".join(f"{loader.recognises} ({loader.name})" for loader in loaders),
         fix=f"pass {listing(near)}" if near else "pass the directory that holds the files of all ranks",
     )
+
+
+def _is_recognised(directory: Path, loaders: Sequence[Loader]) -> bool:
+    try:
+        return any(loader.evidence(directory) for loader in loaders)
+    except PermissionError:
+        return False
 
 
 def _inventory(directory: Path) -> str:

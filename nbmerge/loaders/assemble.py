@@ -148,12 +148,17 @@ def override(piece: Piece, names: tuple[str, ...], mesh: Shape, placements: tupl
 
 
 def global_shape(pieces: Mapping[int, Piece], mesh: Shape, placements: tuple[Placement, ...]) -> Shape:
-    """The shape of the whole tensor, from the local ones along each mesh dimension that shards it."""
-    first = pieces[0]
+    """The shape of the whole tensor, from the local ones along each mesh dimension that shards it.
+
+    Raises ValueError for a placement on a dimension that the tensor does not have.
+    """
+    first = next(iter(pieces.values()))
     if isinstance(first, (MeshPiece, BoxPiece)):
         return first.shape
     shape = list(first.stored.shape)
     for dim in {placement.dim for placement in placements if placement.kind == "shard"}:
+        if dim >= len(shape):
+            raise ValueError(f"Shard({dim}) of a tensor of shape {shape}")
         cut = [i for i, placement in enumerate(placements) if placement.dim == dim]
         seen: dict[Shape, int] = {}
         for rank, piece in pieces.items():

@@ -27,7 +27,6 @@ from nbmerge.errors import (
     UnsupportedCheckpointError,
     listing,
     plural,
-    summarise,
 )
 from nbmerge.layout import Checkpoint, LazyTensor, MeshAxis, SourceFile
 from nbmerge.loaders.assemble import Assembler, global_shape, override
@@ -257,7 +256,13 @@ def _overridden(pieces: dict[str, dict[int, Piece]], overrides: Overrides) -> di
         placements = next((ps for pat, ps in overrides.placements.items() if fnmatch.fnmatchcase(name, pat)), None)
         result[name] = by_rank
         if placements is not None:
-            shape = global_shape(by_rank, mesh, placements)
+            try:
+                shape = global_shape(by_rank, mesh, placements)
+            except ValueError as error:
+                raise OptionError(
+                    f"--placements does not fit {name}: {error}",
+                    fix='give it a pattern of its own, before the others: {"…": ["Replicate"], "*": ["Shard(0)"]}',
+                ) from error
             result[name] = {
                 rank: override(piece, names, mesh, placements, rank, shape) or piece for rank, piece in by_rank.items()
             }
@@ -291,7 +296,6 @@ def _assemble(
 def _as_error(problems: list[Problem], directory: Path) -> CheckpointError:
     """One error for all problems of an index, of the class that its gravest problem has."""
     title = f"the checkpoint cannot be put together: {plural(len(problems), 'problem')} in {directory}"
-    text = "\n".join([title, *summarise(problems)])
     kinds = {problem.kind for problem in problems}
     for kind, error in (
         ("missing", IncompleteCheckpointError),
@@ -299,8 +303,8 @@ def _as_error(problems: list[Problem], directory: Path) -> CheckpointError:
         ("ambiguous", AmbiguousCheckpointError),
     ):
         if kind in kinds:
-            return error(text)
-    return UnsupportedCheckpointError(text)
+            return error(title, problems=problems)
+    return UnsupportedCheckpointError(title, problems=problems)
 
 
 def _source_files(found: _Directory) -> tuple[SourceFile, ...]:

@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 
-from nbmerge.errors import ConfigError
+from nbmerge.errors import ConfigError, listing
 from nbmerge.expressions import Expr, input_names
-from nbmerge.naming.model import HFModel, ModelFacts, quiet_transformers, unknown_class
+from nbmerge.naming.facts import ModelDirectory, ModelFacts
 from nbmerge.naming.recorder import Recorder
 
 # DeepSeek-V3 routes by this bias; rounding it to 16 bits changes which experts are chosen.
 _ALWAYS_FP32 = ("e_score_correction_bias",)
 
 
-def model_facts(source: HFModel) -> ModelFacts:
+def model_facts(source: ModelDirectory) -> ModelFacts:
     """The facts of the model of a config. Raises ConfigError where transformers cannot make it."""
-    with quiet_transformers():
+    with _quiet_transformers():
         model = _meta_model(source)
         state = {name: value for name, value in model.state_dict(keep_vars=True).items() if _is_tensor(value)}
         tied = _tied_names(model, state)
@@ -39,7 +40,7 @@ def _is_tensor(value: object) -> bool:
     return isinstance(value, torch.Tensor)
 
 
-def _meta_model(source: HFModel) -> Any:
+def _meta_model(source: ModelDirectory) -> Any:
     from transformers import AutoConfig
 
     where = str(source.config_dir / "config.json")
@@ -67,7 +68,7 @@ def _meta_model(source: HFModel) -> Any:
         ) from error
 
 
-def _model_class(source: HFModel, config: Any) -> Any:
+def _model_class(source: ModelDirectory, config: Any) -> Any:
     import transformers
     from transformers.models.auto import modeling_auto
 
@@ -90,10 +91,10 @@ def _model_class(source: HFModel, config: Any) -> Any:
     elif hasattr(transformers, architecture):
         return getattr(transformers, architecture)
     near = difflib.get_close_matches(architecture or "", dir(transformers), n=3)
-    raise unknown_class(architecture, near)
+    raise _unknown_class(architecture, near)
 
 
-def _remote_class(source: HFModel, config: Any) -> Any:
+def _remote_class(source: ModelDirectory, config: Any) -> Any:
     """The class that the checkpoint's own code defines; only with trust_remote_code."""
     from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
@@ -105,7 +106,7 @@ def _remote_class(source: HFModel, config: Any) -> Any:
     ):
         if auto in config.auto_map:
             return get_class_from_dynamic_module(config.auto_map[auto], str(source.config_dir))
-    raise unknown_class(source.architecture, [])
+    raise _unknown_class(source.architecture, [])
 
 
 def _tied_names(model: Any, state: Mapping[str, torch.Tensor]) -> dict[str, str]:
@@ -150,3 +151,25 @@ def _in_model_order(made: dict[str, Expr], order: list[str]) -> dict[str, Expr]:
         return min((position[name] for name in input_names(item[1])), default=len(order))
 
     return dict(sorted(made.items(), key=first_position))
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Without transformers' warnings on the token ids and the like of a config, which a merge does not touch."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+
+
+def _unknown_class(architecture: str | None, known: list[str]) -> ConfigError:
+    """No class of transformers has this name."""
+    return ConfigError(
+        f"transformers has no class {architecture!r}" if architecture else "config.json names no architecture",
+        why="the class decides which tensors belong to the model" + (f"; near: {listing(known)}" if known else ""),
+        fix="update transformers, or pass --trust-remote-code if the class is in the checkpoint's own files",
+    )

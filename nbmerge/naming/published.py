@@ -11,7 +11,7 @@ from nbmerge import expressions as ex
 from nbmerge.errors import Problem
 from nbmerge.expressions import Expr, Input, Paste, Permute, Reshape, Slice
 from nbmerge.geometry import Box, Shape
-from nbmerge.naming.model import ModelFacts
+from nbmerge.naming.facts import ModelFacts
 from nbmerge.naming.prefixes import stripped_names
 
 HUB, TRANSFORMERS = "hub", "transformers"
