@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from nbmerge import expressions as ex
@@ -17,25 +17,45 @@ from nbmerge.layout import Checkpoint, LazyTensor, MeshAxis, SourceFile
 from nbmerge.loaders.base import Loader
 
 _ROWS = 60  # groups of parameters
+_OPENED = 24  # rows up to which the table of parameters starts unfolded
 _LAYOUTS = 16
+_AXES = 6
 _PIECES = 32
-_NOTES = 12
+_NOTES = 8
 _PROBLEMS = 10
+
+
+@dataclass(frozen=True, slots=True)
+class _Parameters:
+    """Tensors of one name but for its numbers, and of one shape, dtype and mesh, so that one stands for all."""
+
+    group: Group
+    first: LazyTensor
+
+    @property
+    def count(self) -> int:
+        return len(self.group.members)
+
+    @property
+    def nbytes(self) -> int:
+        return self.count * self.first.nbytes
 
 
 def checkpoint_view(checkpoint: Checkpoint) -> View:
     """What it is in one sentence, then how it is sharded, its parameters, its files, and what to know of it."""
-    tensors = list(checkpoint.tensors.values())
-    total = checkpoint.nbytes
+    tensors = checkpoint.tensors
+    named = ((name, (t.shape, t.dtype.name, t.mesh, len(t.chunks))) for name, t in tensors.items())
+    parameters = [_Parameters(group, tensors[group.members[0]]) for group in collapse(named)]
+    total = sum(one.nbytes for one in parameters)
     return View(
         title="Checkpoint",
-        sentence=_sentence(checkpoint, tensors, total),
+        sentence=_sentence(checkpoint, parameters, total),
         alerts=problem_alerts(checkpoint.problems),
-        facts=tuple(_facts(checkpoint, total)),
+        facts=tuple(_facts(checkpoint, parameters, total)),
         sections=(
-            _layout_section(checkpoint, tensors, total),
-            _parameters_section(tensors, total),
-            _files_section(checkpoint.files),
+            _layout_section(checkpoint, parameters, total),
+            _parameters_section(parameters, total),
+            *_files_section(checkpoint.files),
             *_notes_section(checkpoint),
         ),
     )
@@ -49,7 +69,9 @@ def tensor_view(tensor: LazyTensor) -> View:
         Fact("bytes", words.exact_bytes(tensor.nbytes)),
         Fact("elements", f"{tensor.numel:,}"),
     ]
-    facts += [Fact(f"{axis.name} × {axis.size:,}", axis.placement) for axis in tensor.mesh]
+    facts += [
+        Fact(f"on {words.elide(axis.name, 24)}={axis.size:,}", words.elide(axis.placement)) for axis in tensor.mesh[:8]
+    ]
     if not tensor.mesh:
         facts.append(Fact("placement", tensor.placement))
     if tensor.chunks:
@@ -92,7 +114,7 @@ def problem_alerts(problems: Sequence[Problem]) -> tuple[Alert, ...]:
 
 def mesh_in_words(mesh: Sequence[MeshAxis]) -> str:
     """`fsdp=4 × tp=2`."""
-    return " × ".join(f"{axis.name}={axis.size:,}" for axis in mesh)
+    return words.elide(" × ".join(f"{words.elide(axis.name, 24)}={axis.size:,}" for axis in mesh))
 
 
 def dtypes_in_words(nbytes: Counter[str], total: int) -> str:
@@ -103,27 +125,27 @@ def dtypes_in_words(nbytes: Counter[str], total: int) -> str:
     return ", ".join(found) + (f" and {len(nbytes) - 4} more" if len(nbytes) > 4 else "")
 
 
-def _dtype_bytes(tensors: Iterable[LazyTensor]) -> Counter[str]:
-    nbytes: Counter[str] = Counter()
-    for tensor in tensors:
-        nbytes[tensor.dtype.name] += tensor.nbytes
-    return nbytes
-
-
-def _sentence(checkpoint: Checkpoint, tensors: list[LazyTensor], total: int) -> str:
+def _sentence(checkpoint: Checkpoint, parameters: list[_Parameters], total: int) -> str:
     written = f"written by {plural(checkpoint.world_size, 'rank')}"
     if checkpoint.mesh:
         written += f" on a mesh {mesh_in_words(checkpoint.mesh)}"
-    dtype = dtypes_in_words(_dtype_bytes(tensors), total) or "no dtype"
+    nbytes: Counter[str] = Counter()
+    for one in parameters:
+        nbytes[one.first.dtype.name] += one.nbytes
     return (
-        f"{checkpoint.layout}, {written}: {plural(len(tensors), 'tensor')}, "
-        f"{words.big_count(checkpoint.numel, 'parameter')}, {words.byte_size(total)}, {dtype}"
+        f"{checkpoint.layout}, {written}: {plural(len(checkpoint.tensors), 'tensor')}, "
+        f"{words.big_count(_elements(parameters), 'parameter')}, {words.byte_size(total)}, "
+        f"{dtypes_in_words(nbytes, total) or 'no dtype'}"
     )
 
 
-def _facts(checkpoint: Checkpoint, total: int) -> Iterator[Fact]:
+def _elements(parameters: list[_Parameters]) -> int:
+    return sum(one.count * one.first.numel for one in parameters)
+
+
+def _facts(checkpoint: Checkpoint, parameters: list[_Parameters], total: int) -> Iterator[Fact]:
     yield Fact("path", words.elide(str(checkpoint.path), 2 * words.NAME_LIMIT), code=True)
-    yield Fact("parameters", f"{checkpoint.numel:,}")
+    yield Fact("parameters", f"{_elements(parameters):,}")
     yield Fact("bytes", words.exact_bytes(total))
     config = str(checkpoint.config_dir) if checkpoint.config_dir else "none found; a merge needs --hf_model_config_path"
     yield Fact("config", words.elide(config, 2 * words.NAME_LIMIT), code=checkpoint.config_dir is not None)
@@ -131,23 +153,20 @@ def _facts(checkpoint: Checkpoint, total: int) -> Iterator[Fact]:
     yield Fact("back end", words.elide(f"{checkpoint.backend} ({evidence})" if evidence else checkpoint.backend, 200))
 
 
-def _layout_section(checkpoint: Checkpoint, tensors: list[LazyTensor], total: int) -> Section:
-    groups: dict[tuple[MeshAxis, ...], list[LazyTensor]] = {}
-    for tensor in tensors:
-        groups.setdefault(tensor.mesh, []).append(tensor)
-    axes = list(dict.fromkeys((axis.name, axis.size) for mesh in (checkpoint.mesh, *groups) for axis in mesh))[:6]
-    columns = (
-        Column("placement"),
-        *(Column(f"on {name}={size:,}") for name, size in axes[1:]),
-        *(Column(title, number=True) for title in ("tensors", "even", "uneven", "empty", "whole", "copies", "bytes")),
-        Column("share", number=True),
-    )
-    if axes:
-        columns = (Column(f"on {axes[0][0]}={axes[0][1]:,}"), *columns[1:])
-    order = sorted(groups.items(), key=lambda item: -sum(tensor.nbytes for tensor in item[1]))
+def _layout_section(checkpoint: Checkpoint, parameters: list[_Parameters], total: int) -> Section:
+    groups: dict[tuple[MeshAxis, ...], list[_Parameters]] = {}
+    for one in parameters:
+        groups.setdefault(one.first.mesh, []).append(one)
+    axes = list(dict.fromkeys((axis.name, axis.size) for mesh in (checkpoint.mesh, *groups) for axis in mesh))[:_AXES]
+    places = [Column(f"on {words.elide(name, 24)}={size:,}") for name, size in axes] or [Column("placement")]
+    counts = ("tensors", *Cut.KINDS, "copies", "bytes", "share")
+    columns = (*places, *(Column(title, number=True) for title in counts))
+    order = sorted(groups.items(), key=lambda item: -sum(one.nbytes for one in item[1]))
     rows = tuple(_layout_row(mesh, axes, members, total) for mesh, members in order[:_LAYOUTS])
     table = Table(columns, rows, hidden=max(len(order) - _LAYOUTS, 0), rows_are="placement")
-    return Section("Shard layout", _layout_summary(checkpoint, groups), tables=(table,), notes=(_LEGEND,), opened=True)
+    mesh = f"mesh {mesh_in_words(checkpoint.mesh)}" if checkpoint.mesh else "no device mesh"
+    summary = f"{mesh}, {plural(checkpoint.world_size, 'rank')}, {plural(len(groups), 'placement')}"
+    return Section("Shard layout", summary, tables=(table,), notes=(_LEGEND,), opened=True)
 
 
 _LEGEND = (
@@ -156,42 +175,29 @@ _LEGEND = (
 )
 
 
-def _layout_summary(checkpoint: Checkpoint, groups: dict[tuple[MeshAxis, ...], list[LazyTensor]]) -> str:
-    mesh = f"mesh {mesh_in_words(checkpoint.mesh)}" if checkpoint.mesh else "no device mesh"
-    return f"{mesh}, {plural(checkpoint.world_size, 'rank')}, {plural(len(groups), 'placement')}"
-
-
 def _layout_row(
-    mesh: tuple[MeshAxis, ...], axes: list[tuple[str, int]], members: list[LazyTensor], total: int
+    mesh: tuple[MeshAxis, ...], axes: list[tuple[str, int]], members: list[_Parameters], total: int
 ) -> tuple[Cell, ...]:
     on = {(axis.name, axis.size): axis.placement for axis in mesh}
     cuts: Counter[str] = Counter()
     copies: set[int] = set()
-    for tensor in members:
-        cut = cut_of(tensor)
-        cuts[cut.kind] += 1
+    for one in members:
+        cut = cut_of(one.first)
+        cuts[cut.kind] += one.count
         copies.add(cut.copies)
-    nbytes = sum(tensor.nbytes for tensor in members)
+    nbytes = sum(one.nbytes for one in members)
     placements = [on.get(axis, "not on it") for axis in axes] or ["whole"]
-    counts = [_count(cuts[kind]) for kind in Cut.KINDS]
-    alike = f"{min(copies):,}" if len(copies) == 1 else f"{min(copies):,} to {max(copies):,}"
     return (
         *(Cell(words.elide(text, 60)) for text in placements),
-        Cell(f"{len(members):,}"),
-        *(Cell(text) for text in counts),
-        Cell(alike),
+        Cell(f"{cuts.total():,}"),
+        *(Cell(f"{cuts[kind]:,}" if cuts[kind] else "·") for kind in Cut.KINDS),
+        Cell(f"{min(copies):,}" if len(copies) == 1 else f"{min(copies):,} to {max(copies):,}"),
         Cell(words.byte_size(nbytes)),
         Cell(words.percent(nbytes, total), bar=nbytes / total if total else 0.0),
     )
 
 
-def _count(count: int) -> str:
-    return f"{count:,}" if count else "·"
-
-
-def _parameters_section(tensors: list[LazyTensor], total: int) -> Section:
-    by_name = {tensor.name: tensor for tensor in tensors}
-    groups = collapse((tensor.name, (tensor.shape, tensor.dtype.name, tensor.placement)) for tensor in tensors)
+def _parameters_section(parameters: list[_Parameters], total: int) -> Section:
     columns = (
         Column("parameter", code=True),
         Column("tensors", number=True),
@@ -201,29 +207,27 @@ def _parameters_section(tensors: list[LazyTensor], total: int) -> Section:
         Column("bytes", number=True),
         Column("share", number=True),
     )
-    sizes = [len(group.members) * by_name[group.members[0]].nbytes for group in groups]
     rows = tuple(
-        _parameter_row(group, by_name[group.members[0]], size, total)
-        for group, size in islice(zip(groups, sizes, strict=True), _ROWS)
+        (
+            Cell(words.elide(one.group.name)),
+            Cell(f"{one.count:,}"),
+            Cell(words.shape_of(one.first.shape)),
+            Cell(str(one.first.dtype)),
+            Cell(words.elide(one.first.placement, 120)),
+            Cell(words.byte_size(one.nbytes)),
+            Cell(words.percent(one.nbytes, total), bar=one.nbytes / (total or 1)),
+        )
+        for one in parameters[:_ROWS]
     )
-    table = Table(columns, rows, hidden=max(len(groups) - _ROWS, 0), rows_are="row", rest=".tensors")
-    summary = f"{plural(len(tensors), 'tensor')} in {plural(len(groups), 'row')}; repeated layers share a row"
-    return Section("Parameters", summary, tables=(table,), opened=len(rows) <= 24)
+    table = Table(columns, rows, hidden=max(len(parameters) - _ROWS, 0), rows_are="row", rest=".tensors")
+    tensors = plural(sum(one.count for one in parameters), "tensor")
+    summary = f"{tensors} in {plural(len(parameters), 'row')}; repeated layers share a row"
+    return Section("Parameters", summary, tables=(table,), opened=len(rows) <= _OPENED)
 
 
-def _parameter_row(group: Group, first: LazyTensor, size: int, total: int) -> tuple[Cell, ...]:
-    return (
-        Cell(words.elide(group.name)),
-        Cell(f"{len(group.members):,}"),
-        Cell(words.shape_of(first.shape)),
-        Cell(str(first.dtype)),
-        Cell(words.elide(first.placement, 120)),
-        Cell(words.byte_size(size)),
-        Cell(words.percent(size, total), bar=size / (total or 1)),
-    )
-
-
-def _files_section(files: Sequence[SourceFile]) -> Section:
+def _files_section(files: Sequence[SourceFile]) -> Iterator[Section]:
+    if not files:
+        return
     by_role: dict[str, list[SourceFile]] = {}
     for file in files:
         by_role.setdefault(file.role, []).append(file)
@@ -241,11 +245,11 @@ def _files_section(files: Sequence[SourceFile]) -> Section:
         texts = (f"{len(members):,}", *map(words.byte_size, (sum(sizes), min(sizes), max(sizes))))
         rows.append((Cell(role), *map(Cell, texts), Cell(words.elide(members[0].path.name))))
     summary = f"{plural(len(files), 'file')}, {words.byte_size(sum(file.size for file in files))}"
-    return Section("Files", summary, tables=(Table(columns, tuple(rows), rows_are="role"),))
+    yield Section("Files", summary, tables=(Table(columns, tuple(rows), rows_are="role"),))
 
 
 def _notes_section(checkpoint: Checkpoint) -> Iterator[Section]:
-    notes = [words.elide(note, words.PROSE_LIMIT) for note in checkpoint.notes]
+    notes = [words.elide(note, 200) for note in checkpoint.notes]
     facts = tuple(
         Fact(name, words.value_in_words(value)) for name, value in list(checkpoint.overrides.items())[:_NOTES]
     )

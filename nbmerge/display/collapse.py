@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, field
 from itertools import pairwise
 
+_NUMBER = re.compile(r"(?<![^.])(0|[1-9][0-9]{0,8})(?![^.])")  # a whole part of the name, between dots
 _LISTED = 4  # numbers that are listed one by one where they make no range
 
 
@@ -13,12 +15,12 @@ _LISTED = 4  # numbers that are listed one by one where they make no range
 class Group:
     """Names that differ in their numbers only, and that have the same key.
 
-    parts: of the name between dots, None where a number is; numbers: for each None the numbers found there.
+    parts: the text of the name between its numbers; numbers: for each gap the numbers found there, as digits.
     """
 
-    parts: tuple[str | None, ...]
+    parts: tuple[str, ...]
     key: Hashable
-    numbers: tuple[set[int], ...]
+    numbers: tuple[set[str], ...]
     members: list[str] = field(default_factory=list)
 
     @property
@@ -26,40 +28,28 @@ class Group:
         """All names of the group, as one."""
         if len(self.members) == 1:
             return self.members[0]
-        sets = iter(self.numbers)
-        return ".".join(_in_words(next(sets)) if part is None else part for part in self.parts)
+        first, *rest = self.parts
+        return first + "".join(_in_words(found) + part for found, part in zip(self.numbers, rest, strict=True))
 
 
 def collapse(named: Iterable[tuple[str, Hashable]]) -> list[Group]:
     """The groups of (name, key) pairs, in the order in which each begins."""
-    groups: dict[tuple[tuple[str | None, ...], Hashable], Group] = {}
+    groups: dict[tuple[Hashable, ...], Group] = {}
     for name, key in named:
-        parts: list[str | None] = []
-        found: list[int] = []
-        for part in name.split("."):
-            if _is_number(part):
-                found.append(int(part))
-                parts.append(None)
-            else:
-                parts.append(part)
-        template = tuple(parts)
-        group = groups.get((template, key))
+        pieces = _NUMBER.split(name)  # text, number, text, …, text
+        template = (key, *pieces[::2])
+        group = groups.get(template)
         if group is None:
-            group = groups[template, key] = Group(template, key, tuple(set() for _ in found))
-        for numbers, number in zip(group.numbers, found, strict=True):
-            numbers.add(number)
+            group = groups[template] = Group(tuple(pieces[::2]), key, tuple(set() for _ in pieces[1::2]))
+        for found, number in zip(group.numbers, pieces[1::2], strict=True):
+            found.add(number)
         group.members.append(name)
     return list(groups.values())
 
 
-def _is_number(part: str) -> bool:
-    """Whether the part is a number whose digits would survive `int`."""
-    return part.isdigit() and part.isascii() and len(part) < 10 and (part[0] != "0" or len(part) == 1)
-
-
-def _in_words(numbers: set[int]) -> str:
+def _in_words(digits: set[str]) -> str:
     """`{0..35}`, `{0, 2, 5}`, `{0..94 step 2}`, `7`, or both ends and how many."""
-    ordered = sorted(numbers)
+    ordered = sorted(map(int, digits))
     if len(ordered) == 1:
         return str(ordered[0])
     step = ordered[1] - ordered[0]

@@ -1,4 +1,4 @@
-"""Keeps a view small enough for a notebook: cuts rows of its longest tables, and lets each table say so."""
+"""Keeps a view small enough for a notebook: cuts rows of its longest tables, then alerts, and says what was cut."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ BUDGET = 28_000  # bytes of HTML; below the 30 kB that a view may have, for what
 _PER_CELL = 75  # bytes of tags and style around a cell's text; more than html.py writes
 _PER_LINE = 110
 _FRAME = 1_900  # the style, and the tags around everything
-_FEWEST = 3  # rows that a table keeps
+_FEWEST = 1  # rows that a table keeps
 
 
 def fit(view: View) -> View:
@@ -30,7 +30,18 @@ def fit(view: View) -> View:
         keep = max(_FEWEST, rows * 3 // 4)
         size -= sum(_row(row) for row in view.sections[section].tables[table].rows[keep:])
         view = _cut(view, section, table, keep)
-    return view
+    return _fewer_alerts(view, BUDGET - size) if size > BUDGET else view
+
+
+def _fewer_alerts(view: View, room: int) -> View:
+    """The view without its last alerts, of which their number is left. room: bytes, less than 0."""
+    alerts = list(view.alerts)
+    while room < 0 and len(alerts) > 1:
+        room += _alert(alerts.pop())
+    hidden = len(view.alerts) - len(alerts)
+    if hidden:
+        alerts.append(Alert(alerts[-1].kind, f"{hidden:,} more not shown"))
+    return replace(view, alerts=tuple(alerts))
 
 
 def _cut(view: View, section: int, table: int, keep: int) -> View:

@@ -22,7 +22,6 @@ _STYLE = """<style>
 .nbm th,.nbm td{border:0;border-bottom:1px solid var(--nbm-line);padding:3px 10px 3px 0;vertical-align:top}
 .nbm td+td,.nbm th+td,.nbm th+th{padding-left:10px}
 .nbm thead th{vertical-align:bottom}
-.nbm .nbm-n{white-space:nowrap}
 .nbm code{background:none!important;padding:0!important;color:inherit!important}
 .nbm summary:focus-visible{outline:2px solid rgb(76,139,245);outline-offset:2px}
 .nbm-facts th,.nbm-facts td{border:0!important;padding-top:1px!important;padding-bottom:1px!important}
@@ -95,7 +94,8 @@ def _section(section: Section) -> Iterator[str]:
     for table in section.tables:
         yield from _table(table)
     for note in section.notes:
-        yield f'<div style="margin:2px 0 6px 0">{_safe(note)}</div>'
+        text = f"<small>{_safe(note)}</small>" if section.tables else _safe(note)
+        yield f'<div style="margin:2px 0 6px 0">{text}</div>'
     yield "</details>"
 
 
@@ -103,30 +103,35 @@ def _table(table: Table) -> Iterator[str]:
     if table.title:  # no <caption>, which would be as narrow as the table
         yield f'<div style="margin:4px 0 0 0">{_safe(table.title)}</div>'
     yield f"{_TABLE}>"
-    heads = (
-        f'<th scope="col" align="right">{_safe(column.title)}</th>'
-        if column.number
-        else f'<th scope="col" align="left"{_LEFT}>{_safe(column.title)}</th>'
-        for column in table.columns
-    )
+    drawn = [any(row[i].bar is not None for row in table.rows) for i in range(len(table.columns))]
+    heads = (_head(column, drawn=bars) for column, bars in zip(table.columns, drawn, strict=True))
     yield f"<thead><tr>{''.join(heads)}</tr></thead><tbody>"
     for row in table.rows:
         cells = (_cell(cell, column, i == 0) for i, (cell, column) in enumerate(zip(row, table.columns, strict=True)))
         yield f"<tr>{''.join(cells)}</tr>"
     yield "</tbody></table></div>"
     if table.cut:
-        yield f'<p style="margin:0 0 6px 0">{_safe(table.cut)}</p>'
+        yield f'<div style="margin:0 0 6px 0">{_safe(table.cut)}</div>'
+
+
+def _head(column: Column, *, drawn: bool) -> str:
+    if not column.number:
+        return f'<th scope="col" align="left"{_LEFT}>{_safe(column.title)}</th>'
+    width = ' width="90"' if drawn else ""  # room for bars to be compared
+    return f'<th scope="col" align="right"{width}>{_safe(column.title)}</th>'
 
 
 def _cell(cell: Cell, column: Column, first: bool) -> str:
-    content = _code(_safe(cell.text), code=column.code)
+    text = _safe(cell.text)
+    if column.number or (len(cell.text) <= _SHORT and not column.code):
+        text = text.replace(" ", "\N{NO-BREAK SPACE}")  # a number keeps its unit also where styles are dropped
+    content = _code(text, code=column.code)
     if first:
         return f'<th scope="row" align="left"{_HEAD}>{content}</th>'
     if not column.number:
-        whole = ' class="nbm-n"' if len(cell.text) <= _SHORT and not column.code else ""
-        return f"<td{whole}{_LEFT}>{content}</td>"
+        return f"<td{_LEFT}>{content}</td>"
     bar = f' style="background:{_gradient(cell.bar)}"' if cell.bar is not None else ""
-    return f'<td align="right" class="nbm-n"{bar}>{content}</td>'
+    return f'<td align="right"{bar}>{content}</td>'
 
 
 def _gradient(fraction: float) -> str:

@@ -61,7 +61,7 @@ def duration(seconds: float) -> str:
 
 def shape_of(shape: Sequence[int]) -> str:
     """`[257, 18]`; `[]` for a 0-d tensor."""
-    return f"[{', '.join(map(str, shape))}]"
+    return elide(f"[{', '.join(map(str, shape))}]")
 
 
 def visible(text: str) -> str:

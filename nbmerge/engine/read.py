@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -64,7 +65,7 @@ def _window(array: Words, box: Box) -> Words:
 
 def fill_word(leaf: Fill) -> Any:
     """The constant as an unsigned integer of its dtype's size."""
-    if leaf.value == 0:
+    if leaf.value == 0 and math.copysign(1, leaf.value) > 0:  # -0.0 has a bit set
         return 0
     import torch
 

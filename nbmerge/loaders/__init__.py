@@ -66,7 +66,9 @@ def _nothing_recognised(directory: Path, loaders: Sequence[Loader]) -> NotACheck
         where=str(directory),
         why=f"it holds {_inventory(directory)}; looked for: "
         + "; ".join(f"{loader.recognises} ({loader.name})" for loader in loaders),
-        fix=f"pass {listing(near)}" if near else "pass the directory that holds the files of all ranks",
+        fix=f"pass {'one of ' if len(near) > 1 else ''}{listing(near)}"
+        if near
+        else "pass the directory that holds the files of all ranks",
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from math import prod
 
 from nbmerge.errors import Problem, listing
 from nbmerge.expressions import Expr, Paste, Stored
@@ -56,6 +57,23 @@ class Assembler:
                     where=f"rank {listing(a_ranks)}; rank {listing(b_ranks)}",
                     why="the files of the ranks are not of one save",
                     fix="copy all ranks' files again from one step",
+                    kind="contradiction",
+                )
+        return self._twice_in_one_place(name, pieces)
+
+    def _twice_in_one_place(self, name: str, pieces: Mapping[int, Piece]) -> Problem | None:
+        """Two ranks at one coordinate of a mesh that all ranks are on: one file is a copy of the other."""
+        places: dict[Shape, int] = {}
+        for rank, piece in pieces.items():
+            if not isinstance(piece, MeshPiece) or prod(piece.mesh_shape) != self.world_size:
+                return None
+            other = places.setdefault(piece.coordinate, rank)
+            if other != rank:
+                return Problem(
+                    f"{name}: ranks {other} and {rank} both stand at {list(piece.coordinate)} of the mesh",
+                    where=piece.stored.file,
+                    why="one file is a copy of the other under another rank's name",
+                    fix="copy the file of that rank again from the machine that trained",
                     kind="contradiction",
                 )
         return None

@@ -161,7 +161,8 @@ def _inputs(work: _Naming, wanted: Mapping[str, Shape]) -> dict[str, Expr]:
             work.problems.append(
                 Problem(
                     f"no rule takes {name} of shape {list(source.shape)}",
-                    why=f"{work.facts.class_name} has no such tensor" + (f"; the nearest is {near[0]}" if near else ""),
+                    where=f"nearest: {near[0]}" if near else "",
+                    why=f"{work.facts.class_name} has no such tensor",
                     fix="check that config.json is the trained model's: --hf_model_config_path DIR",
                 )
             )

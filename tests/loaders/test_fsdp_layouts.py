@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import nbmerge
+from tests.support import examples
 from tests.support.models import memory_state, write_config
 from tests.support.processes import in_child
 from tests.support.results import bits, bits_of
@@ -81,7 +82,7 @@ def test_replicas_of_an_hsdp_mesh_are_kept_once(tmp_path: Path):
 
 
 @given(data=st.data())
-@settings(max_examples=15)
+@examples(15)
 def test_any_placements_on_any_mesh_come_back_bit_by_bit(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject):
     from torch.distributed.tensor import Replicate, Shard
 

@@ -7,3 +7,14 @@ trees      random expressions, each with the tensor that torch makes of it
 results    what is on disk: tensors by name, bit by bit
 processes  a fresh interpreter, another user
 """
+
+from __future__ import annotations
+
+import os
+
+from hypothesis import settings
+
+
+def examples(count: int) -> settings:
+    """So many random examples; thirty times as many with NBMERGE_HYPOTHESIS=thorough."""
+    return settings(max_examples=count * (30 if os.environ.get("NBMERGE_HYPOTHESIS") == "thorough" else 1))

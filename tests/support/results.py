@@ -17,8 +17,9 @@ Bits = tuple[str, tuple[int, ...], bytes]
 
 def bits(tensor: torch.Tensor) -> Bits:
     """dtype, shape and bytes of a tensor: what must be equal for two to be the same."""
-    flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-    return str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), flat.numpy().tobytes()
+    flat = tensor.detach().clone(memory_format=torch.contiguous_format).reshape(-1)
+    data = flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
+    return str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), data
 
 
 def bits_of(expr: Expr) -> Bits:
