@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)  # no slots: a frozen class with slots has a __setstate__ that changes it
 class DType:
     """An element type.
 
@@ -19,6 +21,13 @@ class DType:
 
     def __str__(self) -> str:
         return self.name
+
+    def __reduce__(self) -> tuple[Callable[[str], DType], tuple[str]]:
+        return parse_dtype, (self.name,)
+
+    def __setstate__(self, state: Any) -> None:
+        """There is one object of each type, and a checkpoint's pickle may name it: BUILD must not change it."""
+        raise TypeError("a pickle may not change an element type")
 
 
 # name, safetensors code, bytes, floating. Source of the codes: safetensors' `Dtype` enumeration.

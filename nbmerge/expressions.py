@@ -240,7 +240,10 @@ class Compute(Expr):
         return self.inputs
 
     def with_sources(self, sources: Sequence[Expr]) -> Expr:
-        return replace(self, inputs=tuple(sources))
+        """The same operation; where it keeps its inputs' dtype, it keeps the new ones'."""
+        dtypes = {source.dtype for source in sources}
+        keeps = {source.dtype for source in self.inputs} == {self._dtype} and len(dtypes) == 1
+        return replace(self, inputs=tuple(sources), _dtype=dtypes.pop() if keeps else self._dtype)
 
 
 def slice_of(expr: Expr, box: Box) -> Expr:

@@ -18,7 +18,6 @@ from nbmerge.demo.recipes import DemoCheckpoint, Recipe
 from nbmerge.errors import NbmergeError, TargetError
 
 _TIMEOUT = 300.0  # seconds for all checkpoints of one call
-_SHOWN_LINES = 30  # of a failing rank's traceback
 # What torchrun sets for a job that this process may be part of.
 _OTHER_JOBS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT", "TORCHELASTIC_RUN_ID")
 
@@ -80,11 +79,13 @@ def _run_worker(jobs_file: Path, timeout: float) -> None:
     finally:
         _end_group(process)
     if process.returncode:
-        lines = [line for line in output.strip().splitlines() if line.strip()]
+        lines = output.strip().splitlines() or [f"exit code {process.returncode}, and no word"]
         raise DemoError(
             "a process that should have written the checkpoint failed",
-            why="\n".join(lines[:2] + ["…"] * (len(lines) > _SHOWN_LINES) + lines[2:][-_SHOWN_LINES + 2 :]),
-        )
+            where=next((line for line in lines if line.startswith("rank ")), ""),
+            why=lines[-1],
+            fix="if transformers can make a model of this recipe, install the versions that nbmerge asks for",
+        ) from RuntimeError(output)  # the whole traceback, for whoever looks
 
 
 def _end_group(process: subprocess.Popen[str]) -> None:

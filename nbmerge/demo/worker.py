@@ -71,7 +71,7 @@ def _run_world(jobs: list[DemoCheckpoint], world_size: int, scratch: Path) -> st
             if process.exitcode:
                 for other in running.values():
                     other.terminate()
-                return f"rank {rank} of {world_size} ended with exit code {process.exitcode}\n{_first_error(store)}"
+                return _first_error(store) or f"rank {rank} of {world_size} died: exit code {process.exitcode}"
     return ""
 
 
@@ -101,7 +101,7 @@ def _rank_main(jobs: list[DemoCheckpoint], rank: int, world_size: int, store: Pa
             dist.barrier()
         dist.destroy_process_group()
     except BaseException:  # noqa: BLE001 - whatever it is, the parent has to hear of it
-        what = f"rank {rank} failed while making {job.recipe}\n" if job else f"rank {rank} could not join\n"
+        what = f"rank {rank} of {world_size}, " + (f"making {job.recipe}\n" if job else "joining the others\n")
         _error_file(store, rank).write_text(what + traceback.format_exc(), encoding="utf-8")
         os._exit(1)
 

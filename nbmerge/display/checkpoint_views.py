@@ -163,7 +163,7 @@ def _layout_section(checkpoint: Checkpoint, parameters: list[_Parameters], total
     columns = (*places, *(Column(title, number=True) for title in counts))
     order = sorted(groups.items(), key=lambda item: -sum(one.nbytes for one in item[1]))
     rows = tuple(_layout_row(mesh, axes, members, total) for mesh, members in order[:_LAYOUTS])
-    table = Table(columns, rows, hidden=max(len(order) - _LAYOUTS, 0), rows_are="placement")
+    table = Table(columns, rows, hidden=max(len(order) - _LAYOUTS, 0), rows_are="placements")
     mesh = f"mesh {mesh_in_words(checkpoint.mesh)}" if checkpoint.mesh else "no device mesh"
     summary = f"{mesh}, {plural(checkpoint.world_size, 'rank')}, {plural(len(groups), 'placement')}"
     return Section("Shard layout", summary, tables=(table,), notes=(_LEGEND,), opened=True)
@@ -219,7 +219,7 @@ def _parameters_section(parameters: list[_Parameters], total: int) -> Section:
         )
         for one in parameters[:_ROWS]
     )
-    table = Table(columns, rows, hidden=max(len(parameters) - _ROWS, 0), rows_are="row", rest=".tensors")
+    table = Table(columns, rows, hidden=max(len(parameters) - _ROWS, 0), rows_are="rows", rest=".tensors")
     tensors = plural(sum(one.count for one in parameters), "tensor")
     summary = f"{tensors} in {plural(len(parameters), 'row')}; repeated layers share a row"
     return Section("Parameters", summary, tables=(table,), opened=len(rows) <= _OPENED)
@@ -245,7 +245,7 @@ def _files_section(files: Sequence[SourceFile]) -> Iterator[Section]:
         texts = (f"{len(members):,}", *map(words.byte_size, (sum(sizes), min(sizes), max(sizes))))
         rows.append((Cell(role), *map(Cell, texts), Cell(words.elide(members[0].path.name))))
     summary = f"{plural(len(files), 'file')}, {words.byte_size(sum(file.size for file in files))}"
-    yield Section("Files", summary, tables=(Table(columns, tuple(rows), rows_are="role"),))
+    yield Section("Files", summary, tables=(Table(columns, tuple(rows), rows_are="roles"),))
 
 
 def _notes_section(checkpoint: Checkpoint) -> Iterator[Section]:
@@ -286,7 +286,7 @@ def _chunks_section(tensor: LazyTensor) -> Section:
         for chunk in tensor.chunks[:_PIECES]
     )
     hidden = max(len(tensor.chunks) - _PIECES, 0)
-    table = Table(columns, rows, hidden=hidden, rows_are="box", rest=".chunks")
+    table = Table(columns, rows, hidden=hidden, rows_are="boxes", rest=".chunks")
     summary = "1 box" if len(tensor.chunks) == 1 else f"{len(tensor.chunks):,} boxes"
     return Section("Shard map", summary, tables=(table,), opened=True)
 
@@ -316,6 +316,6 @@ def _made_of_section(tensor: LazyTensor) -> Section:
         )
         for node in stored[:_PIECES]
     )
-    table = Table(columns, rows, hidden=max(len(stored) - _PIECES, 0), rows_are="piece", rest=".expr")
+    table = Table(columns, rows, hidden=max(len(stored) - _PIECES, 0), rows_are="pieces", rest=".expr")
     summary = "an expression of " + ", ".join(f"{count:,} {name}" for name, count in kinds.items())
     return Section("Made of", summary, tables=(table,), opened=True)

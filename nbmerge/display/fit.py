@@ -9,7 +9,9 @@ from markupsafe import escape
 from nbmerge.display.model import Alert, Cell, Fact, Section, Table, View
 
 BUDGET = 28_000  # bytes of HTML; below the 30 kB that a view may have, for what this estimate leaves out
-_PER_CELL = 75  # bytes of tags and style around a cell's text; more than html.py writes
+_PER_CELL = 52  # bytes of tags and style around a cell's text, the first and those with bars apart: see html.py
+_PER_ROW = 75
+_PER_BAR = 85
 _PER_LINE = 110
 _FRAME = 1_900  # the style, and the tags around everything
 _FEWEST = 1  # rows that a table keeps
@@ -82,5 +84,5 @@ def _table(table: Table) -> int:
 
 
 def _row(row: tuple[Cell, ...]) -> int:
-    bars = sum(_PER_CELL for cell in row if cell.bar is not None)
-    return bars + sum(len(escape(cell.text).encode("utf-8", "replace")) + _PER_CELL for cell in row)
+    bars = sum(_PER_BAR for cell in row if cell.bar is not None)
+    return _PER_ROW + bars + sum(len(escape(cell.text).encode("utf-8", "replace")) + _PER_CELL for cell in row)

@@ -23,6 +23,7 @@ _STYLE = """<style>
 .nbm td+td,.nbm th+td,.nbm th+th{padding-left:10px}
 .nbm thead th{vertical-align:bottom}
 .nbm code{background:none!important;padding:0!important;color:inherit!important}
+.nbm .nbm-k code{white-space:nowrap}
 .nbm summary:focus-visible{outline:2px solid rgb(76,139,245);outline-offset:2px}
 .nbm-facts th,.nbm-facts td{border:0!important;padding-top:1px!important;padding-bottom:1px!important}
 </style>"""
@@ -31,6 +32,7 @@ _BAR = "rgba(76,139,245,.35)"
 _LEFT = ' style="text-align:left"'
 _HEAD = ' style="text-align:left;font-weight:normal"'
 _SHORT = 24  # characters of a cell that are kept on one line
+_NAME = 60  # characters of a name that are kept on one line where the style is kept
 _TABLE = '<div style="overflow-x:auto"><table style="border-collapse:collapse;margin:4px 0 8px 0"'
 _ALERTS = {  # mark, edge, ground
     True: ("✗ Problem", "rgba(220,50,47,.9)", "rgba(220,50,47,.13)"),
@@ -117,7 +119,7 @@ def _table(table: Table) -> Iterator[str]:
 def _head(column: Column, *, drawn: bool) -> str:
     if not column.number:
         return f'<th scope="col" align="left"{_LEFT}>{_safe(column.title)}</th>'
-    width = ' width="90"' if drawn else ""  # room for bars to be compared
+    width = ' width="80"' if drawn else ""  # room for bars to be compared
     return f'<th scope="col" align="right"{width}>{_safe(column.title)}</th>'
 
 
@@ -127,7 +129,8 @@ def _cell(cell: Cell, column: Column, first: bool) -> str:
         text = text.replace(" ", "\N{NO-BREAK SPACE}")  # a number keeps its unit also where styles are dropped
     content = _code(text, code=column.code)
     if first:
-        return f'<th scope="row" align="left"{_HEAD}>{content}</th>'
+        whole = ' class="nbm-k"' if column.code and len(cell.text) <= _NAME else ""
+        return f'<th scope="row" align="left"{whole}{_HEAD}>{content}</th>'
     if not column.number:
         return f"<td{_LEFT}>{content}</td>"
     bar = f' style="background:{_gradient(cell.bar)}"' if cell.bar is not None else ""

@@ -52,12 +52,10 @@ def _dry_run_view(report: MergeReport) -> View:
     plan = report.plan
     return View(
         title="Dry run",
-        sentence=f"nothing was written; a merge {_would(plan)}",
+        sentence=f"nothing was written; the same merge without dry_run {_would(plan)}",
         alerts=(*problem_alerts(plan.problems), *_drift_alert(report.drift or plan.drift)),
         facts=tuple(_plan_facts(plan)),
         sections=tuple(_plan_sections(plan, report.drift or plan.drift)),
-        code_title="" if plan.problems else "Next",
-        code=() if plan.problems else ('report = nbmerge.merge(report.plan, "TARGET_DIR")',),
     )
 
 
@@ -139,8 +137,8 @@ def _drift_alert(drift: Sequence[Drift]) -> Iterator[Alert]:
     names = list(dict.fromkeys(one.name for one in drift))
     yield Alert(
         ATTENTION,
-        f"{plural(len(drift), 'copy') if len(drift) == 1 else f'{len(drift):,} copies'} of "
-        f"{plural(len(names), 'tensor')} differ between ranks; the lowest rank's is written",
+        f"{'1 copy' if len(drift) == 1 else f'{len(drift):,} copies'} of {plural(len(names), 'tensor')} "
+        f"{'differs' if len(drift) == 1 else 'differ'} between ranks; the lowest rank's is written",
         (
             ("tensors", words.elide(listing(words.elide(name) for name in names), words.PROSE_LIMIT)),
             ("why", "ranks that should hold the same values drifted apart in training; the receipt lists them"),
@@ -154,16 +152,12 @@ def _plan_sections(plan: MergePlan, drift: Sequence[Drift], *, done: bool = Fals
         yield _drift_section(drift)
     changes = [table for table in _change_tables(plan) if table.rows]
     if changes:
-        summary = ", ".join(_counted(table) for table in changes)
+        summary = ", ".join(table.title.partition(":")[0] for table in changes)
         yield Section("Changes", summary, tables=tuple(changes), opened=len(changes) < 3)
     facts = tuple(Fact(name, words.value_in_words(value)) for name, value in plan.checkpoint.overrides.items())
     if facts:
         yield Section("Overrides", f"{plural(len(facts), 'fact')} of the layout as the user gave them", facts=facts[:8],
                       opened=True)  # fmt: skip
-
-
-def _counted(table: Table) -> str:
-    return f"{table.title.split(':')[0].lower()}"
 
 
 def _files_section(plan: MergePlan, *, done: bool) -> Section:
@@ -185,7 +179,7 @@ def _files_section(plan: MergePlan, *, done: bool) -> Section:
         )
         for name, count, size in (*sizes[: _FILES - 4], *sizes[_FILES - 4 :][-4:])
     )
-    table = Table(columns, rows, hidden=len(sizes) - len(rows), rows_are="file", rest=".files and .side_files")
+    table = Table(columns, rows, hidden=len(sizes) - len(rows), rows_are="files", rest=".files and .side_files")
     title = "Files written" if done else "Files to write"
     summary = f"{plural(len(sizes), 'file')}, {words.byte_size(total)}, and the receipt"
     return Section(title, summary, tables=(table,))
@@ -200,7 +194,7 @@ def _drift_section(drift: Sequence[Drift]) -> Section:
     )
     rows = tuple(_drift_row(one) for one in drift[:_ROWS])
     hidden = max(len(drift) - _ROWS, 0)
-    table = Table(columns, rows, hidden=hidden, rows_are="pair", rest=".drift")
+    table = Table(columns, rows, hidden=hidden, rows_are="pairs", rest=".drift")
     summary = f"{plural(len(drift), 'pair')} of copies that differ; first at: the first index in the piece"
     return Section("Drift", summary, tables=(table,))
 
@@ -239,7 +233,7 @@ def _change_tables(plan: MergePlan) -> Iterator[Table]:
     )
     columns = (Column("key", code=True), Column("before"), Column("after"))
     title = f"{plural(len(edits), 'config edit')}: keys of config.json that the merge changes"
-    yield Table(columns, rows, title, max(len(edits) - _ROWS, 0), "key", ".config_edits")
+    yield Table(columns, rows, title, max(len(edits) - _ROWS, 0), "keys", ".config_edits")
 
 
 def _casts_table(plan: MergePlan) -> Table:
@@ -257,7 +251,7 @@ def _casts_table(plan: MergePlan) -> Table:
     )
     columns = (Column("cast"), Column("tensors", number=True), Column("which", code=True))
     title = f"{plural(len(plan.casts), 'cast')}: rounded to the nearest, ties to even"
-    return Table(columns, rows, title, max(len(kinds) - _ROWS, 0), "kind", ".casts")
+    return Table(columns, rows, title, max(len(kinds) - _ROWS, 0), "kinds", ".casts")
 
 
 def _names_table(title: str, reason: str, named: Iterable[tuple[str, Hashable]], rest: str) -> Table:
@@ -269,7 +263,7 @@ def _names_table(title: str, reason: str, named: Iterable[tuple[str, Hashable]],
     for group in groups[:_ROWS]:
         cells = [Cell(words.elide(group.name)), Cell(f"{len(group.members):,}")]
         rows.append((*cells, Cell(words.elide(str(group.key), 120))) if reason else tuple(cells))
-    return Table(tuple(columns), tuple(rows), title, max(len(groups) - _ROWS, 0), "row", rest)
+    return Table(tuple(columns), tuple(rows), title, max(len(groups) - _ROWS, 0), "rows", rest)
 
 
 def _load_lines(plan: MergePlan, target: Path) -> tuple[str, ...]:

@@ -54,14 +54,14 @@ class Cell:
 class Table:
     """Rows under columns; the first cell of a row is its head.
 
-    hidden: how many further rows were cut; rows_are: what a row is (`group`, `file`); rest: where all of them are.
+    hidden: how many further rows were cut; rows_are: what they are, in the plural; rest: where all of them are.
     """
 
     columns: tuple[Column, ...]
     rows: tuple[tuple[Cell, ...], ...]
     title: str = ""
     hidden: int = 0
-    rows_are: str = "row"
+    rows_are: str = "rows"
     rest: str = ""
 
     @property
@@ -69,8 +69,8 @@ class Table:
         """What was cut, as a sentence; empty where nothing was."""
         if not self.hidden:
             return ""
-        noun = self.rows_are if self.hidden == 1 else f"{self.rows_are}s"
-        return f"… {self.hidden:,} more {noun} not shown" + (f"; all are in {self.rest}" if self.rest else "")
+        of_all = f"{self.hidden:,} of {self.hidden + len(self.rows):,} {self.rows_are}"
+        return f"… {of_all} not shown" + (f"; all are in {self.rest}" if self.rest else "")
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -78,6 +78,61 @@ class Pool:
         self._pool.shutdown(wait=True, cancel_futures=True)
 
 
+class _Writing:
+    """An output file while jobs write it. Whoever does the last job syncs it and gives it its final name."""
+
+    def __init__(self, file: OutputFile, path: Path, listener: Listener) -> None:
+        self._file, self._path, self._listener = file, path, listener
+        self._part = path.with_name(path.name + PART)
+        self._start = time.perf_counter()
+        self._lock = threading.Lock()
+        self._left = 1  # the one that `sealed` takes away, so that no job is the last before all are known
+        flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | getattr(os, "O_CLOEXEC", 0)
+        self._target: int | None = os.open(self._part, flags, 0o666)
+        os.ftruncate(self._target, file.size)
+
+    def job(self, job: copy.Job, sources: LocalFiles) -> Callable[[], None]:
+        """The work of one job, to be run once by any thread."""
+        with self._lock:
+            self._left += 1
+
+        def work() -> None:
+            if self._target is not None:
+                copy.carry_out(job, self._target, sources)
+                self._listener(Advanced(job.nbytes))
+                self._one_less()
+
+        return work
+
+    def sealed(self) -> None:
+        """Writes the header. All jobs are known now: whichever ends last finishes the file."""
+        if self._target is not None:
+            copy.write_all(self._target, memoryview(self._file.header), 0)
+            self._one_less()
+
+    def _one_less(self) -> None:
+        with self._lock:
+            self._left -= 1
+            last = self._left == 0
+        if last and self._target is not None:
+            os.fsync(self._target)
+            self._close()
+            self._part.rename(self._path)
+            _log.debug("%s: %d bytes in %.2f s", self._file.name, self._file.size, time.perf_counter() - self._start)
+            self._listener(FileDone(self._file.name, self._file.size, False))
+
+    def _close(self) -> None:
+        if self._target is not None:
+            os.close(self._target)
+            self._target = None
+
+    def close(self) -> None:
+        """Removes the file where it was not finished. No job may be running."""
+        if self._target is not None:
+            self._close()
+            self._part.unlink(missing_ok=True)
+
+
 def write_files(plan: MergePlan, directory: Path, listener: Listener = silent) -> Outcome:
     """Writes the plan's safetensors files into the directory and compares what the plan says must be equal.
 
@@ -85,20 +140,21 @@ def write_files(plan: MergePlan, directory: Path, listener: Listener = silent) -
     that were finished before stay, unfinished ones are removed.
     """
     start = time.perf_counter()
-    total = plan.data_bytes + sum(equality.nbytes for equality in plan.equalities)
-    listener(Started("writing", total))
+    listener(Started("writing", plan.data_bytes + sum(equality.nbytes for equality in plan.equalities)))
     reused: list[str] = []
     written = 0
-    with LocalFiles() as sources, Pool(plan.execution.workers) as pool:
+    with ExitStack() as unfinished, LocalFiles() as sources, Pool(plan.execution.workers) as pool:
         for file in plan.files:
             path = directory / file.name
             if _is_whole(path, file):
                 reused.append(file.name)
-                _log.debug("%s: whole already", file.name)
                 listener(Advanced(file.data_bytes))
                 listener(FileDone(file.name, file.size, True))
                 continue
-            _write_file(file, path, plan.execution.buffer_bytes, sources, pool, listener)
+            writing = unfinished.enter_context(closing(_Writing(file, path, listener)))
+            for job in copy.batched(_jobs(file, plan.execution.buffer_bytes)):
+                pool.submit(writing.job(job, sources))
+            pool.submit(writing.sealed)
             written += file.size
         drift = _compare(plan, sources, pool, listener)
     listener(Ended("writing"))
@@ -110,51 +166,9 @@ def _is_whole(path: Path, file: OutputFile) -> bool:
     return path.is_file() and path.stat().st_size == file.size
 
 
-def _write_file(
-    file: OutputFile, path: Path, buffer_bytes: int, sources: LocalFiles, pool: Pool, listener: Listener
-) -> None:
-    part = path.with_name(path.name + PART)
-    start = time.perf_counter()
-    try:
-        with _created(part, file.size) as target:
-            copy.write_all(target, memoryview(file.header), 0)
-            try:
-                for job in copy.batched(_jobs(file, buffer_bytes)):
-                    pool.submit(_task(job, target, sources, listener))
-            finally:
-                pool.drain()
-            os.fsync(target)
-        part.rename(path)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
-    _log.debug(
-        "%s: %d bytes, %d tensors in %.2f s", file.name, file.size, len(file.tensors), time.perf_counter() - start
-    )
-    listener(FileDone(file.name, file.size, False))
-
-
-@contextmanager
-def _created(path: Path, size: int) -> Iterator[int]:
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | getattr(os, "O_CLOEXEC", 0), 0o666)
-    try:
-        os.ftruncate(fd, size)
-        yield fd
-    finally:
-        os.close(fd)
-
-
 def _jobs(file: OutputFile, buffer_bytes: int) -> Iterator[copy.Job]:
     for tensor in file.tensors:
         yield from copy.jobs_of(tensor.expr, len(file.header) + tensor.offset, buffer_bytes)
-
-
-def _task(job: copy.Job, target: int, sources: LocalFiles, listener: Listener) -> Callable[[], None]:
-    def work() -> None:
-        copy.carry_out(job, target, sources)
-        listener(Advanced(job.nbytes))
-
-    return work
 
 
 def _compare(plan: MergePlan, sources: LocalFiles, pool: Pool, listener: Listener) -> tuple[Drift, ...]:

@@ -136,7 +136,10 @@ def _compute(expr: Compute, region: Box, sources: Sources) -> Words:
         if axis is not None:
             box = Box(_with(box.offset, axis, region.offset[axis]), _with(box.shape, axis, region.shape[axis]))
         inputs.append(to_torch(evaluate(source, box, sources), source.dtype))
-    result = from_torch(expr.function(*inputs), expr.dtype)
+    made = expr.function(*inputs)
+    if str(made.dtype) != f"torch.{expr.dtype}":
+        raise TypeError(f"{expr.name} gave {made.dtype}, its plan says {expr.dtype}")
+    result = from_torch(made, expr.dtype)
     start = region.offset if axis is None else _with(region.offset, axis, 0)
     return _window(result, Box(start, region.shape))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 
 from nbmerge.dtypes import BY_CODE, DType
@@ -93,12 +94,19 @@ def read_header(path: Path) -> dict[str, Entry]:
                 raise ValueError(f"a header of {length:,} bytes in a file of {size:,}")
             content = json.loads(stream.read(length))
             entries = dict(_entries(content, 8 + length))
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise CorruptFileError(
             f"the safetensors header cannot be read: {error}", where=str(path),
             fix="merge again; if it was downloaded, download it again",
         ) from error  # fmt: skip
-    end = max((entry.offset + entry.nbytes for entry in entries.values()), default=8 + length)
+    end = 8 + length
+    for entry in sorted(entries.values(), key=lambda entry: (entry.offset, entry.nbytes)):
+        if entry.offset != end:
+            raise CorruptFileError(
+                f"{entry.name} begins at byte {entry.offset:,}, the tensor before it ends at {end:,}", where=str(path),
+                why="tensors of a safetensors file lie one after the other", fix="merge again",
+            )  # fmt: skip
+        end += entry.nbytes
     if end != size:
         raise CorruptFileError(
             f"the file has {size:,} bytes, its header describes {end:,}", where=str(path),
@@ -107,12 +115,20 @@ def read_header(path: Path) -> dict[str, Entry]:
     return entries
 
 
-def _entries(content: Mapping[str, Mapping[str, object]], start: int) -> Iterator[tuple[str, Entry]]:
+def _entries(content: object, start: int) -> Iterator[tuple[str, Entry]]:
+    if not isinstance(content, dict):
+        raise TypeError("it is no JSON object")
     for name, entry in content.items():
         if name == "__metadata__":
             continue
-        offsets, shape = entry["data_offsets"], entry["shape"]
-        if not isinstance(offsets, list) or not isinstance(shape, list):
-            raise TypeError(f"the entry of {name!r} has no offsets or no shape")
-        dtype = BY_CODE[str(entry["dtype"])]
-        yield name, Entry(name, dtype, tuple(shape), start + offsets[0], offsets[1] - offsets[0])
+        dtype, shape = BY_CODE[str(entry["dtype"])], tuple(map(_size, entry["shape"]))
+        first, stop = map(_size, entry["data_offsets"])
+        if stop - first != prod(shape) * dtype.itemsize:
+            raise ValueError(f"{name!r} of shape {list(shape)} and dtype {dtype} has {stop - first:,} bytes")
+        yield name, Entry(name, dtype, shape, start + first, stop - first)
+
+
+def _size(number: object) -> int:
+    if not isinstance(number, int) or number < 0:
+        raise ValueError(f"{number!r} is no size")
+    return number

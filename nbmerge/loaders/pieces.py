@@ -68,7 +68,7 @@ def piece_of(value: Any, rank: int, where: str) -> Piece | None:
         raise UnsupportedCheckpointError(
             error.problem.what, where=where, why=error.problem.why, fix=error.problem.fix
         ) from error
-    except (TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
+    except (TypeError, ValueError, KeyError, IndexError, AttributeError, RecursionError) as error:
         raise CorruptFileError(
             f"the sharding of this tensor cannot be read: {error}",
             where=where,
@@ -136,7 +136,12 @@ def _mesh(mesh: standins.DeviceMesh, rank: int) -> tuple[tuple[str, ...], Shape,
         coordinate = unravel(_small_int_tensor(ranks).index(rank), shape)
     if coordinate is None:
         raise ValueError("the mesh does not say where the rank stands on it")
-    return tuple(map(str, names)), shape, tuple(map(int, coordinate))
+    names, coordinate = tuple(map(str, names)), tuple(map(int, coordinate))
+    if not len(names) == len(shape) == len(coordinate):
+        raise ValueError(f"names {names} and coordinate {coordinate} on a mesh of shape {shape}")
+    if not all(0 <= at < size for at, size in zip(coordinate, shape, strict=True)):
+        raise ValueError(f"coordinate {coordinate} lies outside the mesh of shape {shape}")
+    return names, shape, coordinate
 
 
 def _sizes(layout: Any) -> Shape:
@@ -167,6 +172,8 @@ def _box_piece(value: standins.ShardedTensor) -> BoxPiece:
     if shape is None:
         shape = value.get("size")
     held = tuple((_metadata_box(shard.get("metadata")), shard.get("tensor")) for shard in shards)
+    if not all(isinstance(stored, Stored) for _, stored in held):
+        raise ValueError("a local shard without a tensor")
     boxes = tuple(_metadata_box(entry) for entry in metadata.get("shards_metadata"))
     return BoxPiece(tuple(map(int, shape)), value.get("dtype"), held, boxes)
 

@@ -8,7 +8,7 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from nbmerge.errors import CorruptFileError, UnsupportedCheckpointError
+from nbmerge.errors import CheckpointError, CorruptFileError, UnsupportedCheckpointError
 
 _LOCAL_HEADER = struct.Struct("<4s5H3I2H")  # zip specification 4.3.7
 _LOCAL_SIGNATURE = b"PK\x03\x04"
@@ -45,7 +45,9 @@ class TorchZip:
                             "the file holds big-endian numbers", where=str(path),
                             fix="save it again on a little-endian machine",
                         )  # fmt: skip
-        except (zipfile.BadZipFile, EOFError, struct.error, KeyError) as error:
+        except (CheckpointError, PermissionError):
+            raise
+        except Exception as error:  # zipfile has no one way to say that an archive is damaged
             raise self._cut_short(str(error)) from error
 
     def _refuse_old_format(self, start: bytes) -> None:

@@ -13,14 +13,26 @@ from pathlib import Path
 from typing import Any
 
 from nbmerge.dtypes import DType
-from nbmerge.errors import CorruptFileError, UnsafePickleError
+from nbmerge.errors import CheckpointError, CorruptFileError, UnsafePickleError
 from nbmerge.expressions import Stored
 from nbmerge.geometry import Shape
 from nbmerge.loaders import standins
 from nbmerge.loaders.torch_zip import TorchZip
 
 
-@dataclass(frozen=True, slots=True)
+class PickledTensor(Stored):
+    """A tensor as a pickle gave it. The pickle cannot change it afterwards: BUILD could name any file of the machine."""
+
+    __slots__ = ()
+
+    def __reduce__(self) -> tuple[type[Stored], tuple[object, ...]]:
+        return Stored, (self.file, self.offset, self.shape, self.strides, self.dtype)
+
+    def __setstate__(self, state: object) -> None:
+        raise TypeError("a pickle may not change a tensor")
+
+
+@dataclass(frozen=True)  # no slots: a frozen class with slots has a __setstate__ that changes it
 class Storage:
     """A storage of a file: the offset of its first byte, its size in bytes, and its element type."""
 
@@ -28,6 +40,9 @@ class Storage:
     offset: int
     size: int
     dtype: DType
+
+    def __setstate__(self, state: object) -> None:
+        raise TypeError("a pickle may not change a storage")
 
     def tensor(self, storage_offset: int, shape: Shape, strides: Shape) -> Stored:
         """The strided tensor over the storage. Raises CorruptFileError where it reaches outside."""
@@ -43,7 +58,7 @@ class Storage:
                 fix="copy the file again from the machine that trained",
             )
         offset = self.offset + storage_offset * self.dtype.itemsize
-        return Stored(self.file, offset, shape, strides, self.dtype)
+        return PickledTensor(self.file, offset, shape, strides, self.dtype)
 
 
 def _tensor_v2(storage: Any, storage_offset: Any, size: Any, stride: Any, *_: Any) -> Stored:
@@ -131,7 +146,7 @@ def run(unpickler: pickle.Unpickler, path: Path) -> Any:
     """The object, with any failure of the pickle itself told as CorruptFileError."""
     try:
         return unpickler.load()
-    except (UnsafePickleError, CorruptFileError):
+    except (UnsafePickleError, CheckpointError):
         raise
     except Exception as error:
         raise CorruptFileError(

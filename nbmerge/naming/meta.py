@@ -64,7 +64,9 @@ def _meta_model(source: ModelDirectory) -> Any:
         raise ConfigError(
             f"no model can be made of the config: {type(error).__name__}: {error}".splitlines()[0],
             where=where,
-            fix="pass the config of the model that was trained: --hf_model_config_path DIR",
+            fix="if you trust the model code beside the config, pass --trust-remote-code"
+            if "auto_map" in source.config and not source.trust_remote_code
+            else "pass the config of the model that was trained: --hf_model_config_path DIR",
         ) from error
 
 
@@ -91,7 +93,7 @@ def _model_class(source: ModelDirectory, config: Any) -> Any:
     elif hasattr(transformers, architecture):
         return getattr(transformers, architecture)
     near = difflib.get_close_matches(architecture or "", dir(transformers), n=3)
-    raise _unknown_class(architecture, near)
+    raise _unknown_class(source, near)
 
 
 def _remote_class(source: ModelDirectory, config: Any) -> Any:
@@ -106,7 +108,7 @@ def _remote_class(source: ModelDirectory, config: Any) -> Any:
     ):
         if auto in config.auto_map:
             return get_class_from_dynamic_module(config.auto_map[auto], str(source.config_dir))
-    raise _unknown_class(source.architecture, [])
+    raise _unknown_class(source, [])
 
 
 def _tied_names(model: Any, state: Mapping[str, torch.Tensor]) -> dict[str, str]:
@@ -166,10 +168,12 @@ def _quiet_transformers() -> Iterator[None]:
         logging.set_verbosity(before)
 
 
-def _unknown_class(architecture: str | None, known: list[str]) -> ConfigError:
-    """No class of transformers has this name."""
+def _unknown_class(source: ModelDirectory, known: list[str]) -> ConfigError:
+    """No class of transformers has the name that the config gives."""
+    name = source.architecture
     return ConfigError(
-        f"transformers has no class {architecture!r}" if architecture else "config.json names no architecture",
+        f"transformers has no class {name!r}" if name else "config.json names no architecture",
+        where=str(source.config_dir / "config.json"),
         why="the class decides which tensors belong to the model" + (f"; near: {listing(known)}" if known else ""),
         fix="update transformers, or pass --trust-remote-code if the class is in the checkpoint's own files",
     )

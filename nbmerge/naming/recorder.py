@@ -49,15 +49,16 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch lea
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
-        rule = _RULES.get(str(func))
         outputs = list(result) if isinstance(result, (tuple, list)) else [result]
-        exprs: Sequence[Expr] | None = None
-        if rule is not None and self._known(args):
-            made = rule(_replace(args, self._exprs), outputs)
-            exprs = made if isinstance(made, list) else [made]
-        elif self._known(args):
-            exprs = [_computed(func, args, kwargs or {}, self._exprs, i, out) for i, out in enumerate(outputs)]
-        for tensor, expr in zip(outputs, exprs or (), strict=False):
+        if not self._known(args):
+            return result
+        if func._schema.is_mutable:  # every view of what is changed would have to follow
+            raise NotImplementedError(f"{func} changes a tensor in place, which is not recorded")
+        rule = _RULES.get(str(func))
+        made = rule(_replace(args, self._exprs), outputs) if rule is not None else None
+        if made is None:
+            made = [_computed(func, args, kwargs or {}, self._exprs, i, out) for i, out in enumerate(outputs)]
+        for tensor, expr in zip(outputs, made if isinstance(made, list) else [made], strict=False):
             if isinstance(tensor, torch.Tensor):
                 self._remember(tensor, expr)
         return result
@@ -121,12 +122,12 @@ def _unbind(args: Sequence[Any], outputs: list[torch.Tensor]) -> list[Expr]:
     return [ex.select(args[0], dim, index) for index in range(len(outputs))]
 
 
-def _slice(args: Sequence[Any], outputs: list[torch.Tensor]) -> Expr:
+def _slice(args: Sequence[Any], outputs: list[torch.Tensor]) -> Expr | None:
     source: Expr = args[0]
     given: list[Any] = list(args[1:])
     dim, start, _, step = given + [0, None, None, 1][len(given) :]
     if step != 1:
-        raise NotImplementedError(f"a slice with step {step}")
+        return None
     size = source.shape[dim]
     first = int(start or 0)
     first = max(first + size, 0) if first < 0 else min(first, size)
@@ -140,8 +141,10 @@ def _select(args: Sequence[Any], outputs: list[torch.Tensor]) -> Expr:
 
 
 def _transpose(args: Sequence[Any], outputs: list[torch.Tensor]) -> Expr:
-    source = args[0]
+    source: Expr = args[0]
     rank = len(source.shape)
+    if not rank:
+        return source
     a, b = (args[1] % rank, args[2] % rank) if len(args) > 1 else (0, rank - 1)
     dims = list(range(rank))
     dims[a], dims[b] = dims[b], dims[a]
@@ -162,17 +165,26 @@ def _same(args: Sequence[Any], outputs: list[torch.Tensor]) -> Expr:
     return expr if expr.dtype == dtype else Cast(expr, dtype)
 
 
+def _as(output: torch.Tensor, parts: Sequence[Expr]) -> list[Expr]:
+    """The parts in the dtype that torch promotes them to."""
+    dtype = dtype_of(output)
+    return [part if part.dtype == dtype else Cast(part, dtype) for part in parts]
+
+
 def _cat(args: Sequence[Any], outputs: list[torch.Tensor]) -> Expr:
-    return ex.cat(args[0], args[1] % len(args[0][0].shape) if len(args) > 1 else 0)
+    filled = [part for part in args[0] if part.shape != (0,)]  # torch lets these stand among tensors of any rank
+    return ex.cat(_as(outputs[0], filled or args[0]), args[1] % len(outputs[0].shape) if len(args) > 1 else 0)
 
 
 def _stack(args: Sequence[Any], outputs: list[torch.Tensor]) -> Expr:
     dim = args[1] % len(outputs[0].shape) if len(args) > 1 else 0
-    rows = [ex.reshape(part, (*part.shape[:dim], 1, *part.shape[dim:])) for part in args[0]]
+    parts = _as(outputs[0], args[0])
+    rows = [ex.reshape(part, (*part.shape[:dim], 1, *part.shape[dim:])) for part in parts]
     return ex.cat(rows, dim)
 
 
-_RULES: dict[str, Callable[[Sequence[Any], list[torch.Tensor]], Expr | list[Expr]]] = {
+# A rule answers None for a form of its operation that is more than a view.
+_RULES: dict[str, Callable[[Sequence[Any], list[torch.Tensor]], Expr | list[Expr] | None]] = {
     "aten.split.Tensor": _split,
     "aten.split_with_sizes.default": _split,
     "aten.chunk.default": _split,

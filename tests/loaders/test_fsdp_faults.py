@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import shutil
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from nbmerge import (
 )
 from tests.support.messages import assert_says, refusal
 from tests.support.models import memory_state, write_config
+from tests.support.pickles import STATE_DICT, Call, dtensor, shard, tensor, write_archive
 from tests.support.results import bits, bits_of
 from tests.support.worlds import (
     rank_file,
@@ -28,6 +30,11 @@ from tests.support.worlds import (
     write_ranks,
     write_sharded_tensor_world,
 )
+
+def nested(depth: int) -> object:
+    """((((2,),),),)."""
+    return b"raw:" + pickle.BININT1 + b"\2" + pickle.TUPLE1 * depth
+
 
 TENSORS = {"layer.weight": torch.randn(7, 3), "layer.bias": torch.randn(5)}
 
@@ -153,8 +160,15 @@ class TestRanksThatDisagree:
         message = refusal(InconsistentCheckpointError, open_checkpoint, tmp_path)
         assert_says(message, "2 problems", "kind of layer.weight: DTensor and plain tensor")
 
-    def test_two_files_of_one_rank(self, tmp_path: Path):
+    def test_a_file_that_is_a_copy_of_another_rank(self, tmp_path: Path):
         write_mesh_world(tmp_path, TENSORS, (2,))
+        shutil.copy(rank_file(tmp_path, 2, 0), rank_file(tmp_path, 2, 1))
+        message = refusal(InconsistentCheckpointError, open_checkpoint, tmp_path)
+        assert_says(message, "layer.weight: ranks 0 and 1 both stand at [0] of the mesh", "rank_1.pt", "a copy", "fix:")
+
+    @pytest.mark.filterwarnings("ignore::FutureWarning")
+    def test_a_file_of_sharded_tensors_that_is_a_copy_of_another_rank(self, tmp_path: Path):
+        write_sharded_tensor_world(tmp_path, TENSORS, 2)
         shutil.copy(rank_file(tmp_path, 2, 0), rank_file(tmp_path, 2, 1))
         message = refusal(IncompleteCheckpointError, open_checkpoint, tmp_path)
         assert_says(message, "the pieces of layer.weight do not make up [7, 3]", "9 of 21 elements lie in no piece", "fix:")
@@ -234,6 +248,53 @@ def test_flat_parameters_are_refused_with_the_setting_that_would_have_helped(tmp
     write_ranks(tmp_path, [{name: torch.ones(12)}, {name: torch.ones(12)}], version=1)
     message = refusal(UnsupportedCheckpointError, open_checkpoint, tmp_path)
     assert_says(message, "1 flat parameter", name, "LOCAL_STATE_DICT", "without the names and shapes", "SHARDED_STATE_DICT")
+
+
+NONSENSE: dict[str, dict[str, object]] = {
+    "no local tensor": {"local": None},
+    "a local tensor that is none": {"local": "w"},
+    "another local shape": {"local": tensor(shape=(3,))},
+    "a dimension below 0": {"placements": (shard(-1),)},
+    "a dimension that is not there": {"placements": (shard(1),)},
+    "a dimension that is no number": {"placements": (shard("x"),)},
+    "a dimension that is nothing": {"placements": (shard(None),)},
+    "no placements": {"placements": ()},
+    "more placements than mesh dimensions": {"placements": (shard(0), shard(0))},
+    "placements that are none": {"placements": ("Shard(0)",)},
+    "placements that are no list": {"placements": 3},
+    "an empty mesh dimension": {"mesh_shape": (0,)},
+    "a mesh dimension below 0": {"mesh_shape": (-1,)},
+    "no mesh": {"mesh_shape": None},
+    "a mesh that is none": {"mesh": 3},
+    "mesh dimensions in themselves": {"mesh_shape": (nested(3000),)},
+    "a coordinate beyond the mesh": {"coordinate": (1,)},
+    "a coordinate below 0": {"coordinate": (-1,)},
+    "a coordinate of another rank": {"coordinate": (0, 0)},
+    "no coordinate": {"coordinate": None},
+    "names that are none": {"names": 3},
+    "more names than mesh dimensions": {"names": ("a", "b")},
+    "a shape below 0": {"shape": (-4,)},
+    "a shape that is no number": {"shape": ("x",)},
+    "a shape of no dimension": {"shape": ()},
+    "a huge shape": {"shape": (2**70,)},
+    "an order that is none": {"shard_order": 3},
+    "an order of another mesh": {"shard_order": (Call(STATE_DICT),)},
+}
+
+
+@pytest.mark.parametrize("kind", NONSENSE)
+def test_a_dtensor_whose_placement_makes_no_sense_is_told(tmp_path: Path, kind: str):
+    given = dict(NONSENSE[kind])
+    local = given.pop("local", tensor())
+    path = write_archive(rank_file(tmp_path, 1, 0), {"layer.weight": dtensor(local, **given)})
+    with pytest.raises(CheckpointError) as caught:
+        open_checkpoint(tmp_path)
+    assert_says(str(caught.value), "layer.weight", str(path.parent))
+
+
+def test_a_dtensor_that_is_as_torch_writes_it_is_read(tmp_path: Path):
+    write_archive(rank_file(tmp_path, 1, 0), {"w": dtensor(tensor())})
+    assert bits_of(open_checkpoint(tmp_path)["w"].expr) == bits(torch.zeros(4))
 
 
 HOSTILE = (

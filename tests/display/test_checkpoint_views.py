@@ -1,0 +1,130 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from nbmerge.display.model import PROBLEM, Section, Table, View
+from nbmerge.display.shards import cut_of
+from nbmerge.display.views import view_of
+from nbmerge.errors import Problem
+from nbmerge.geometry import Box
+from nbmerge.loaders import LOADERS
+
+from .objects import COLUMNS, REPLICATE, SHARD, checkpoint, tensor
+
+
+def _section(view: View, title: str) -> Section:
+    return next(section for section in view.sections if section.title == title)
+
+
+def _rows(table: Table) -> list[list[str]]:
+    return [[cell.text for cell in row] for row in table.rows]
+
+
+def test_the_sentence_says_layout_ranks_mesh_size_and_dtype() -> None:
+    assert view_of(checkpoint()).sentence == (
+        "FSDP2, a file for each rank, written by 8 ranks on a mesh fsdp=4 × tp=2: "
+        "14 tensors, 5,828 parameters, 11.7 kB, bfloat16"
+    )
+
+
+def test_several_dtypes_are_told_with_their_shares() -> None:
+    view = view_of(checkpoint(tensor("a", (30,)), tensor("b", (5,), dtype="float32")))
+    assert view.sentence.endswith("bfloat16 (75.0%), float32 (25.0%)")
+
+
+def test_the_shard_layout_counts_even_uneven_empty_and_copies() -> None:
+    mesh, part = {"fsdp": (4, SHARD), "tp": (2, COLUMNS)}, {"fsdp": (4, SHARD)}
+    held = (
+        tensor("even", (8, 4), mesh),
+        tensor("uneven", (7, 4), mesh),
+        tensor("empty", (5, 4), mesh),
+        tensor("part.even", (8,), part),
+        tensor("everywhere", (3,), {"fsdp": (4, REPLICATE), "tp": (2, REPLICATE)}),
+    )
+    table = _section(view_of(checkpoint(*held)), "Shard layout").tables[0]
+    assert [column.title for column in table.columns] == [
+        "on fsdp=4", "on tp=2", "tensors", "even", "uneven", "empty", "whole", "copies", "bytes", "share",
+    ]  # fmt: skip
+    assert [row[:8] for row in _rows(table)] == [
+        ["Shard(0)", "Shard(1)", "3", "1", "1", "1", "·", "1"],
+        ["Shard(0)", "not on it", "1", "1", "·", "·", "·", "1"],
+        ["Replicate", "Replicate", "1", "·", "·", "·", "1", "8"],
+    ]
+
+
+def test_a_rank_that_left_its_empty_piece_out_still_counts_as_empty() -> None:
+    full = tensor("a", (3,), {"ranks": (4, SHARD)})
+    without = replace(full, chunks=tuple(chunk for chunk in full.chunks if chunk.box.numel))
+    assert cut_of(full).in_words == cut_of(without).in_words == "into 3 pieces; 1 rank holds nothing of it"
+
+
+def test_repeated_layers_share_a_row_with_their_bytes_added() -> None:
+    table = _section(view_of(checkpoint()), "Parameters").tables[0]
+    assert _rows(table)[1] == [
+        "model.layers.{0..3}.self_attn.q_proj.weight", "4", "[16, 18]", "bfloat16",
+        "Shard(0)×4 · Shard(1)×2", "2.30 kB", "19.8%",
+    ]  # fmt: skip
+    assert sum(cell.bar or 0.0 for row in table.rows for cell in row) == pytest.approx(1.0)
+
+
+def test_files_are_listed_by_role_weights_first() -> None:
+    rows = _rows(_section(view_of(checkpoint()), "Files").tables[0])
+    assert rows[0] == ["weights", "8", "283 kB", "35.4 kB", "35.4 kB", "model_0.pt"]
+    assert rows[1][:3] == ["optimizer", "1", "777 kB"]
+
+
+def test_problems_come_first_with_where_why_and_fix() -> None:
+    problem = Problem("rank 3 differs", where="model_3.pt", why="two runs were mixed", fix="copy again")
+    (alert,) = view_of(checkpoint(problems=(problem,))).alerts
+    assert (alert.kind, alert.what) == (PROBLEM, "rank 3 differs")
+    assert alert.details == (("where", "model_3.pt"), ("why", "two runs were mixed"), ("fix", "copy again"))
+
+
+def test_many_problems_are_cut_and_their_number_is_said() -> None:
+    alerts = view_of(checkpoint(problems=tuple(Problem(f"p{i}") for i in range(1234)))).alerts
+    assert len(alerts) == 11
+    assert alerts[-1].what == "1,224 more problems; all are in .problems"
+
+
+def test_notes_and_overrides_are_shown() -> None:
+    section = _section(view_of(checkpoint(overrides={"mesh_shape": [4, 2]})), "Notes")
+    assert section.notes == ("8 optimizer files left alone",)
+    assert [(fact.label, fact.value) for fact in section.facts] == [("mesh_shape", "[4, 2]")]
+
+
+def test_a_checkpoint_without_a_config_says_what_a_merge_needs() -> None:
+    facts = {fact.label: fact.value for fact in view_of(checkpoint(config_dir=None)).facts}
+    assert facts["config"] == "none found; a merge needs --hf_model_config_path"
+
+
+def test_a_lazy_tensor_maps_boxes_to_ranks_and_files() -> None:
+    view = view_of(tensor("w", (5, 6), {"ddp": (2, REPLICATE), "fsdp": (2, SHARD)}, "float32"))
+    assert view.sentence == "w is [5, 6] float32, 120 B, in 2 stored pieces"
+    assert ("cut", "into 2 uneven pieces, each on 2 ranks") in [(fact.label, fact.value) for fact in view.facts]
+    assert _rows(view.sections[0].tables[0]) == [
+        ["[0:3, 0:6]", "[3, 6]", "72 B", "60.0%", "0", "2", "model_world_size_8_rank_0.pt", "64"],
+        ["[3:5, 0:6]", "[2, 6]", "48 B", "40.0%", "1", "3", "model_world_size_8_rank_1.pt", "128"],
+    ]
+
+
+def test_a_tensor_of_many_pieces_is_cut_and_says_so() -> None:
+    table = view_of(tensor("w", (512,), {"fsdp": (512, SHARD)})).sections[0].tables[0]
+    assert len(table.rows) + table.hidden == 512
+    assert table.cut == "… 480 of 512 boxes not shown; all are in .chunks"
+
+
+def test_a_slice_says_what_it_is_made_of() -> None:
+    view = view_of(tensor("w", (8, 2), {"fsdp": (2, SHARD)}).slice(Box((0, 0), (5, 2))))
+    assert view.sentence == "w[0:5, 0:2] is [5, 2] bfloat16, 20 B, in 2 stored pieces"
+    assert view.sections[0].summary == "an expression of 1 slice, 1 paste, 2 stored"
+
+
+def test_a_loader_says_what_it_recognises() -> None:
+    assert "model_world_size_N_rank_R.pt" in view_of(LOADERS[0]).sentence
+
+
+def test_an_object_without_a_view_is_refused() -> None:
+    with pytest.raises(TypeError, match="no view of a int"):
+        view_of(3)

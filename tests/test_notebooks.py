@@ -1,0 +1,74 @@
+"""The tutorials run, and say what their committed outputs say."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import nbformat
+import pytest
+
+NOTEBOOKS = Path(__file__).resolve().parent.parent / "notebooks"
+
+
+def _refresh_script() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("refresh", NOTEBOOKS / "refresh.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+REFRESH = _refresh_script()
+_VOLATILE = (
+    (re.compile(r"\b[\d.,]+ [kMGT]?B/s"), "<speed>"),
+    (re.compile(r"\b[\d.,]+ (ms|s|min|seconds?|minutes?)\b"), "<time>"),
+)
+# Sizes of the files that torch and transformers write change with their versions.
+_SIZES = ((re.compile(r"[\d.,]+ ([kMGT]?B|bytes)\b"), "<size>"), (re.compile(r"[\d.]+%"), "<share>"))
+
+
+def texts(notebook: Any, *, sizes: bool) -> list[list[str]]:
+    """The text outputs of each code cell, without what differs from run to run; `sizes`: with sizes in bytes."""
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    return [[_normalised(_text(output), sizes=sizes) for output in cell.outputs] for cell in cells]
+
+
+def _text(output: Any) -> str:
+    if output.output_type == "stream":
+        return f"{output.name}: {output.text}"
+    return str(output.data.get("text/plain", "")) if "data" in output else f"{output.ename}: {output.evalue}"
+
+
+def _normalised(text: str, *, sizes: bool) -> str:
+    for pattern, word in _VOLATILE if sizes else _VOLATILE + _SIZES:
+        text = pattern.sub(word, text)
+    return " ".join(text.split())  # a longer word moves the line breaks
+
+
+@pytest.mark.parametrize("path", sorted(NOTEBOOKS.glob("*.ipynb")), ids=lambda path: path.stem)
+def test_a_tutorial_runs_and_says_what_its_committed_outputs_say(path: Path, tmp_path: Path) -> None:
+    committed = nbformat.read(path, as_version=4)
+    executed = REFRESH.run(path, tmp_path)
+    sizes = committed.metadata.get("written_with") == executed.metadata["written_with"]
+    assert texts(executed, sizes=sizes) == texts(committed, sizes=sizes)
+
+
+@pytest.mark.parametrize("path", sorted(NOTEBOOKS.glob("*.ipynb")), ids=lambda path: path.stem)
+def test_a_tutorial_is_committed_with_the_outputs_of_one_run_from_top_to_bottom(path: Path) -> None:
+    notebook = nbformat.read(path, as_version=4)
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
+    assert any(cell.outputs for cell in cells)
+    assert not [output for cell in cells for output in cell.outputs if output.output_type == "error"]
+
+
+@pytest.mark.parametrize("path", sorted(NOTEBOOKS.glob("*.ipynb")), ids=lambda path: path.stem)
+def test_a_tutorial_names_no_place_of_the_machine_that_ran_it(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    assert not re.findall(r"/(?:tmp|home|root|work|opt|Users)/[\w./-]*", text)
+    assert str(Path.home()) not in text or str(Path.home()) == "/"
