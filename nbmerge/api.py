@@ -137,13 +137,11 @@ def carry_out(
     from nbmerge.merging import write_and_publish
 
     plan.raise_if_problems()
-    if dry_run or plan.options.dry_run:
-        if target_dir is not None:
-            check_target(plan, Path(target_dir), overwrite=overwrite or plan.options.overwrite)
-        return MergeReport(plan)
-    if target_dir is None:
+    if target_dir is None and not dry_run:
         raise OptionError("there is no target", fix="pass the directory to write: target_dir (--target_dir DIR)")
-    target = check_target(plan, Path(target_dir), overwrite=overwrite or plan.options.overwrite)
+    target = check_target(plan, Path(target_dir), overwrite=overwrite) if target_dir is not None else None
+    if dry_run or target is None:
+        return MergeReport(plan)
     with _listener(progress) as listen:
         return write_and_publish(plan, target, listen)
 

@@ -6,7 +6,7 @@ Flags are spelled with `_` or `-`, as the user likes.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import fields
 from typing import Any, NoReturn
 
@@ -41,6 +41,11 @@ class Parser(argparse.ArgumentParser):
         )  # fmt: skip
         self.add_argument("-h", "--help", nargs=0, action=_HelpAction, help="show this help")
 
+    @property
+    def actions(self) -> list[argparse.Action]:
+        """Every argument, for completion."""
+        return list(self._actions)
+
     def error(self, message: str) -> NoReturn:
         """Raises UsageError."""
         raise UsageError(message, f"{self.prog} --help lists the options")
@@ -58,9 +63,11 @@ def with_underscores(word: str) -> str:
     return "--" + flag[2:].replace("-", "_") + equals + value
 
 
-def add_merge_options(parser: argparse.ArgumentParser) -> None:
-    """A flag for every field of MergeOptions."""
+def add_merge_options(parser: argparse.ArgumentParser, names: Container[str] | None = None) -> None:
+    """A flag for every field of MergeOptions, or for those that are named."""
     for item in fields(MergeOptions):
+        if names is not None and item.name not in names:
+            continue
         keywords: dict[str, Any] = {"help": item.metadata["help"]}
         if isinstance(item.default, bool):
             keywords["action"] = "store_true"

@@ -65,9 +65,7 @@ class NbmergeError(Exception):
 
     def _render_traceback_(self) -> list[str]:
         """What IPython shows in place of a traceback: at most twelve lines, of which the last is the fix."""
-        from nbmerge.display.failure import short_lines
-
-        return short_lines(type(self).__name__, str(self))
+        return abridged(f"{type(self).__name__}: {self}".split("\n"))
 
 
 class OptionError(NbmergeError, ValueError):
@@ -128,6 +126,14 @@ class VerificationError(NbmergeError, ValueError):
 
 class PlanError(NbmergeError, ValueError):
     """A plan has problems; all of them are in `problems`."""
+
+
+def abridged(lines: list[str], *, most: int = 12, tail: int = 3) -> list[str]:
+    """At most so many lines: the first and the last ones stay, the middle gives way."""
+    head = most - tail - 1
+    if len(lines) <= most:
+        return lines
+    return [*lines[:head], f"… {len(lines) - head - tail:,} more lines in the error's text", *lines[-tail:]]
 
 
 def plural(count: int, noun: str) -> str:

@@ -133,7 +133,7 @@ class BaseModelMerger(ABC):
     def _write(self, plan: MergePlan) -> MergeReport:
         if self.config.hf_upload:
             self.upload_to_huggingface()
-        return carry_out(plan, self.config.target_dir)
+        return carry_out(plan, self.config.target_dir, overwrite=bool(self.config.options.get("overwrite")))
 
 
 class FSDPModelMerger(BaseModelMerger):

@@ -61,7 +61,7 @@ def write_and_publish(plan: MergePlan, target: Target, listener: Listener) -> Me
         raise
     return MergeReport(
         plan=plan,
-        target=target.path,
+        target=target.given,
         seconds=outcome.seconds,
         written_bytes=outcome.written_bytes,
         reused=outcome.reused,

@@ -13,6 +13,11 @@ from nbmerge.errors import NotSupportedError, OptionError
 
 BACKENDS = ("auto", "fsdp", "megatron", "dcp", "deepspeed", "colossalai", "hf")
 DIALECTS = ("hub", "transformers")
+# The options that shape the index of a checkpoint: `open_checkpoint` takes these, and they come too late after it.
+OPEN_OPTIONS = (
+    "backend", "hf_model_config_path", "trust_pickle", "trust_remote_code", "mesh_dim_names", "mesh_shape",
+    "placements", "workers",
+)  # fmt: skip
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
           "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}  # fmt: skip
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from nbmerge.dtypes import DType
 from nbmerge.errors import PlanError, Problem, plural
 from nbmerge.expressions import Expr
-from nbmerge.geometry import Shape
+from nbmerge.geometry import Box, Shape
 from nbmerge.layout import Checkpoint
 from nbmerge.naming.published import Drop, Tie
 from nbmerge.options import MergeOptions
@@ -80,15 +80,16 @@ class CastNote:
 class Equality:
     """Two tensors that should hold the same bytes, of which only `a` is written.
 
-    what: the sentence to say where they don't. must: whether a difference forbids the merge. Copies of one
-    piece on several ranks may drift apart in training; a tied weight that differs would be lost.
+    ranks, box: for copies of one piece of `name`, whose they are and which piece. Training can leave them different.
+    kept: for a tied weight, the name that is written. If `name` differs from it, the merge would lose it.
     """
 
     name: str
-    what: str
     a: Expr
     b: Expr
-    must: bool
+    ranks: tuple[int, int] | None = None
+    box: Box | None = None
+    kept: str = ""
 
     @property
     def nbytes(self) -> int:
@@ -98,10 +99,15 @@ class Equality:
 
 @dataclass(frozen=True, slots=True)
 class Drift:
-    """Copies of one piece that training left different: the first index of the piece where they differ."""
+    """Copies of one piece of a tensor that training left different.
+
+    ranks: the one whose copy is written, and the other; box: the piece; index: the first element of the whole
+    tensor in which they differ.
+    """
 
     name: str
-    what: str
+    ranks: tuple[int, int]
+    box: Box
     index: Shape
 
 

@@ -125,16 +125,14 @@ def _replicas(checkpoint: Checkpoint) -> Iterator[Equality]:
                 continue
             count = max(_PROBED // max(chunk.stored.nbytes, 1), 1)
             for rank, replica in chunk.replicas[:count]:
-                what = f"ranks {chunk.rank} and {rank} hold copies of {tensor.name}{chunk.box}"
-                yield Equality(tensor.name, what, chunk.stored, replica, must=False)
+                yield Equality(tensor.name, chunk.stored, replica, (chunk.rank, rank), chunk.box)
 
 
 def _ties(ties: tuple[Tie, ...]) -> Iterator[Equality]:
     for tie in ties:
         a, b = tie.stored, tie.kept_stored
         if a is not None and b is not None and a.shape == b.shape and a.dtype == b.dtype and a != b:
-            what = f"{tie.name} is tied to {tie.kept}, and the checkpoint holds other values for it"
-            yield Equality(tie.name, what, a, b, must=True)
+            yield Equality(tie.name, a, b, kept=tie.kept)
 
 
 def _probe(equalities: tuple[Equality, ...]) -> tuple[tuple[Drift, ...], list[Problem]]:

@@ -46,7 +46,13 @@ def receipt(plan: MergePlan, digests: Mapping[str, str], drift: Sequence[Drift])
         "config_edits": {key: {"from": a, "to": b} for key, (a, b) in plan.config_edits.items()},
         "compared": [equality.name for equality in (*plan.probed, *plan.equalities)],
         "drift": [
-            {"tensor": d.name, "what": d.what, "first_index": list(d.index), "written": "the lowest rank's"}
+            {
+                "tensor": d.name,
+                "piece": str(d.box),
+                "ranks": list(d.ranks),
+                "written": d.ranks[0],
+                "first": list(d.index),
+            }
             for d in drift
         ],
         "files": [

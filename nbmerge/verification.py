@@ -25,9 +25,10 @@ class Verification:
     def sentence(self) -> str:
         """What was proved, in a sentence."""
         extra = f", {self.unloaded:,} known and not loaded" if self.unloaded else ""
+        tensors = f"{plural(self.tensors, 'tensor')} of {self.nbytes:,} bytes"
         return (
-            f"re-read {self.files:,} files: {self.tensors:,} tensors of {self.nbytes:,} bytes, each with the shape "
-            f"that {self.model_class} expects, none missing, none extra{extra}"
+            f"re-read {plural(self.files, 'file')}: {tensors}, each with the shape that {self.model_class} expects, "
+            f"none missing, none extra{extra}"
         )
 
 

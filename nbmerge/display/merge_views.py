@@ -195,14 +195,13 @@ def _drift_section(drift: Sequence[Drift]) -> Section:
     rows = tuple(_drift_row(one) for one in drift[:_ROWS])
     hidden = max(len(drift) - _ROWS, 0)
     table = Table(columns, rows, hidden=hidden, rows_are="pairs", rest=".drift")
-    summary = f"{plural(len(drift), 'pair')} of copies that differ; first at: the first index in the piece"
+    summary = f"{plural(len(drift), 'pair')} of copies that differ; first at: the first element of the tensor that does"
     return Section("Drift", summary, tables=(table,))
 
 
 def _drift_row(drift: Drift) -> tuple[Cell, ...]:
-    # The engine says `ranks 0 and 1 hold copies of NAME[box]`; another sentence is shown as it is.
-    who, found, piece = drift.what.partition(f" hold copies of {drift.name}")
-    texts = (drift.name, who if found else drift.what, piece if found else "·", words.shape_of(drift.index))
+    who = f"ranks {drift.ranks[0]} and {drift.ranks[1]}"
+    texts = (drift.name, who, str(drift.box), words.shape_of(drift.index))
     return tuple(Cell(words.elide(text)) for text in texts)
 
 

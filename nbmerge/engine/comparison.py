@@ -38,12 +38,13 @@ class Comparison:
         index = first_difference(equality.a, equality.b, block_bytes, sources)
         if index is None:
             return
-        if not equality.must:
-            self.drift.append(Drift(equality.name, equality.what, index))
+        if equality.ranks is not None and equality.box is not None:
+            at = tuple(start + i for start, i in zip(equality.box.offset, index, strict=True))
+            self.drift.append(Drift(equality.name, equality.ranks, equality.box, at))
             return
         self.problems.append(
             Problem(
-                f"{equality.what}, first at {list(index)}",
+                f"{equality.name} is tied to {equality.kept}, and holds other values, first at {list(index)}",
                 why="config.json ties the two, but training moved them apart; writing one loses the other",
                 fix="set tie_word_embeddings to false in the config, and merge again",
                 kind="contradiction",

@@ -28,8 +28,9 @@ _HEADROOM = 2**20  # bytes for directory entries and the receipt
 
 @dataclass(frozen=True)
 class Target:
-    """A target that was checked, and the sibling that it will be made of."""
+    """A target that was checked, as it was given and as an absolute path, and the sibling that it will be made of."""
 
+    given: Path
     path: Path
     work: Path
     lock: Path
@@ -41,7 +42,8 @@ def check_target(plan: MergePlan, target: Path, *, overwrite: bool) -> Target:
 
     Raises TargetError or SpaceError.
     """
-    target = Path(os.path.abspath(target.expanduser()))  # noqa: PTH100 - resolve() would follow a link
+    given = target.expanduser()
+    target = Path(os.path.abspath(given))  # noqa: PTH100 - resolve() would follow a link
     _refuse_the_source(plan, target)
     replaces = target.exists() or target.is_symlink()
     if replaces:
@@ -55,7 +57,7 @@ def check_target(plan: MergePlan, target: Path, *, overwrite: bool) -> Target:
     name = f".{target.name}.nbmerge-{plan.digest[:12]}"
     work = target.parent / name
     _check_space(plan, parent, work)
-    return Target(target, work, target.parent / f"{name}.lock", replaces)
+    return Target(given, target, work, target.parent / f"{name}.lock", replaces)
 
 
 def _existing_parent(target: Path) -> Path:

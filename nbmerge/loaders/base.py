@@ -12,6 +12,7 @@ from nbmerge.engine.events import Listener, silent
 from nbmerge.errors import NotACheckpointError, listing
 from nbmerge.geometry import Placement, Shape
 from nbmerge.layout import Checkpoint
+from nbmerge.shown import Displayed
 
 
 class ExpectedShapes(Protocol):
@@ -61,7 +62,7 @@ class OpenOptions:
     listener: Listener = silent
 
 
-class Loader(ABC):
+class Loader(Displayed, ABC):
     """Recognises one layout and builds its index from headers and pickles, reading no tensor data."""
 
     name: ClassVar[str]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from nbmerge import expressions as ex
@@ -18,6 +18,7 @@ HUB, TRANSFORMERS = "hub", "transformers"
 
 # Buffers that older transformers saved and that every version computes anew when it loads.
 _LEFTOVERS = re.compile(r"\.(rotary_emb\.inv_freq|masked_bias|attn\.bias)$")
+_NEAREST_SOUGHT = 3  # as many as a message shows; each is compared with every name of the model
 _LORA = re.compile(r"(^|\.)(lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector|base_layer)\.")
 
 
@@ -144,6 +145,7 @@ def _apply(work: _Naming, rules: Mapping[str, Expr], wanted: Mapping[str, Shape]
 def _inputs(work: _Naming, wanted: Mapping[str, Shape]) -> dict[str, Expr]:
     """The sources that the rules may take, with every other one accounted for."""
     inputs: dict[str, Expr] = {}
+    strays: list[str] = []
     for name, source in work.sources.items():
         if name in wanted:
             if source.shape == wanted[name]:
@@ -157,17 +159,22 @@ def _inputs(work: _Naming, wanted: Mapping[str, Shape]) -> dict[str, Expr]:
         elif work.facts.is_ignored(name):
             work.unloaded.append(name)
         else:
-            near = difflib.get_close_matches(name, wanted, n=1)
-            work.problems.append(
-                Problem(
-                    f"no rule takes {name} of shape {list(source.shape)}",
-                    where=f"nearest: {near[0]}" if near else "",
-                    why=f"{work.facts.class_name} has no such tensor",
-                    fix="check that config.json is the trained model's: --hf_model_config_path DIR",
-                )
-            )
+            strays.append(name)
+    work.problems += [
+        _stray_problem(work, name, wanted if number < _NEAREST_SOUGHT else ()) for number, name in enumerate(strays)
+    ]
     _tie(work, inputs)
     return inputs
+
+
+def _stray_problem(work: _Naming, name: str, candidates: Iterable[str]) -> Problem:
+    near = difflib.get_close_matches(name, candidates, n=1)
+    return Problem(
+        f"no rule takes {name} of shape {list(work.sources[name].shape)}",
+        where=f"nearest: {near[0]}" if near else "",
+        why=f"{work.facts.class_name} has no such tensor",
+        fix="check that config.json is the trained model's: --hf_model_config_path DIR",
+    )
 
 
 def _tie(work: _Naming, inputs: dict[str, Expr]) -> None:

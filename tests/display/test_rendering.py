@@ -35,13 +35,13 @@ def _hostile_plan() -> MergePlan:
     )  # fmt: skip
     return plan(
         source, model_class=_HOSTILE, problems=source.problems, unloaded=(_HOSTILE,),
-        config_edits={_HOSTILE: (_HOSTILE, _HOSTILE)}, drift=(Drift(_HOSTILE, _HOSTILE, (1,)),),
+        config_edits={_HOSTILE: (_HOSTILE, _HOSTILE)}, drift=(Drift(_HOSTILE, (0, 1), Box((0,), (5,)), (1,)),),
         casts=(CastNote(_HOSTILE, BY_NAME["float32"], BY_NAME["bfloat16"]),),
     )  # fmt: skip
 
 
 _PLAN = plan(
-    drift=(Drift("w", "ranks 0 and 1 hold copies of w[0:5]", (3,)),),
+    drift=(Drift("w", (0, 1), Box((0,), (5,)), (3,)),),
     casts=tuple(CastNote(f"l.{i}.w", BY_NAME["float32"], BY_NAME["bfloat16"]) for i in range(40)),
 )
 _ALL = {

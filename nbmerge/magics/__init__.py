@@ -12,8 +12,9 @@ from nbmerge import api
 from nbmerge.arguments import HelpRequested, Parser, UsageError, add_merge_options, merge_options
 from nbmerge.errors import OptionError
 from nbmerge.layout import Checkpoint
-from nbmerge.magic_completion import complete_line
-from nbmerge.magic_line import Line, split_line
+from nbmerge.magics.completion import complete_line
+from nbmerge.magics.line import Line, split_line
+from nbmerge.options import OPEN_OPTIONS
 from nbmerge.plan import MergePlan
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ class Magic:
     @property
     def actions(self) -> list[argparse.Action]:
         """All options."""
-        return [action for parser in self.parsers for action in parser._actions]
+        return [action for parser in self.parsers for action in parser.actions]
 
     def run(self, text: str, names: Mapping[str, Any]) -> object:
         """What the line makes. names: the variables of the notebook. Raises NbmergeError."""
@@ -116,7 +117,7 @@ def _inspect(values: dict[str, Any]) -> Checkpoint:
         return source
     if not isinstance(source, str):
         raise _no_source(source, "a path")
-    return api.open_checkpoint(source, **{name: values[name] for name in _OPEN_OPTIONS})
+    return api.open_checkpoint(source, **{name: values[name] for name in OPEN_OPTIONS})
 
 
 def _no_source(source: object, wanted: str) -> OptionError:
@@ -140,19 +141,9 @@ def _merge_parser(parser: Parser) -> None:
     add_merge_options(parser)
 
 
-_OPEN_OPTIONS = (
-    "backend", "hf_model_config_path", "trust_pickle", "trust_remote_code", "mesh_dim_names", "mesh_shape",
-    "placements", "workers",
-)  # fmt: skip
-
-
 def _inspect_parser(parser: Parser) -> None:
     """The options of `open_checkpoint`: those of a merge that it takes."""
-    every = Parser("", "")
-    add_merge_options(every)
-    for action in every._actions:
-        if action.dest in _OPEN_OPTIONS:
-            parser._add_action(action)
+    add_merge_options(parser, OPEN_OPTIONS)
 
 
 def _magic(

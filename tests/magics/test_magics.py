@@ -14,7 +14,7 @@ from IPython.core.interactiveshell import InteractiveShell
 from traitlets.config import Config
 
 import nbmerge
-from nbmerge.display.failure import short_lines
+from nbmerge.errors import PlanError, Problem
 
 
 @pytest.fixture(scope="session")
@@ -163,10 +163,11 @@ def test_an_existing_target_is_refused(
 
 
 def test_a_long_error_keeps_its_first_lines_and_its_fix() -> None:
-    lines = short_lines("PlanError", "\n".join([*(f"line {i}" for i in range(50)), "  fix: do\x1b[2Jthis"]))
+    problems = [Problem(f"finding {i}", why=f"cause {i}", fix="do\x1b[2Jthis") for i in range(20)]
+    lines = PlanError("the plan is bad", problems=problems)._render_traceback_()
     assert len(lines) == 12
-    assert lines[0] == "PlanError: line 0"
-    assert lines[8] == "… 40 more lines in the error's text"
+    assert lines[0] == "PlanError: the plan is bad"
+    assert lines[8] == "… 50 more lines in the error's text"
     assert lines[-1] == "  fix: do\\x1b[2Jthis"
 
 

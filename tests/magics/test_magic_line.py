@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nbmerge.errors import OptionError
-from nbmerge.magic_line import split_line
+from nbmerge.magics.line import split_line
 
 
 def _words(text: str, **names: object) -> list[object]:

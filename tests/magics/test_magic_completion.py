@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from nbmerge.magic_completion import Completions, complete_line
 from nbmerge.magics import MAGICS
+from nbmerge.magics.completion import Completions, complete_line
 
 
 def _complete(text: str, **names: object) -> Completions:
