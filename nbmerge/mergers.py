@@ -21,7 +21,6 @@ from nbmerge.memory import checkpoint_of
 from nbmerge.naming.model import HFModel, auto_class_name
 from nbmerge.plan import MergePlan
 from nbmerge.report import MergeReport
-from nbmerge.validator import differences
 
 if TYPE_CHECKING:
     import torch
@@ -156,6 +155,8 @@ class FSDPModelMerger(BaseModelMerger):
 
     def merge_and_save(self) -> MergeReport:
         """Merges into target_dir; for `test`, compares bit for bit and raises VerificationError on a difference."""
+        from nbmerge.validator import differences
+
         plan = self.plan()
         if self.config.operation == "merge":
             return self._write(plan)

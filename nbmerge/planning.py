@@ -23,7 +23,7 @@ from nbmerge.plan import CastNote, Drift, Equality, Execution, MergePlan, Output
 from nbmerge.side_files import edited_config, side_files
 
 _log = logging.getLogger(__name__)
-_BUFFER = 4 * 2**20  # bytes that a worker puts together in memory at a time
+_BUFFER = 2 * 2**20  # bytes that a worker puts together in memory at a time
 _PROBED = 2**20  # bytes of one tensor's replicas that are compared while planning
 _PROBED_IN_ALL = 64 * 2**20
 _MAX_WORKERS = 8
@@ -145,7 +145,7 @@ def _probe(equalities: tuple[Equality, ...]) -> tuple[tuple[Drift, ...], list[Pr
 
 
 def _execution(files: tuple[OutputFile, ...], options: MergeOptions) -> Execution:
-    workers = options.workers or min(2 * (os.cpu_count() or 1), _MAX_WORKERS)
+    workers = options.workers or min(max(os.cpu_count() or 1, 2), _MAX_WORKERS)
     copied = computed = whole = 0
     for file in files:
         for tensor in file.tensors:

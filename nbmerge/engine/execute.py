@@ -89,7 +89,11 @@ class _Writing:
         self._left = 1  # the one that `sealed` takes away, so that no job is the last before all are known
         flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | getattr(os, "O_CLOEXEC", 0)
         self._target: int | None = os.open(self._part, flags, 0o666)
-        os.ftruncate(self._target, file.size)
+        try:
+            os.ftruncate(self._target, file.size)
+        except OSError:
+            self.close()
+            raise
 
     def job(self, job: copy.Job, sources: LocalFiles) -> Callable[[], None]:
         """The work of one job, to be run once by any thread."""

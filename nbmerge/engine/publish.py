@@ -28,13 +28,16 @@ _HEADROOM = 2**20  # bytes for directory entries and the receipt
 
 @dataclass(frozen=True)
 class Target:
-    """A target that was checked, as it was given and as an absolute path, and the sibling that it will be made of."""
+    """A target that was checked, as it was given and as an absolute path, and the sibling that it will be made of.
+
+    overwrite: whether what is there may be replaced.
+    """
 
     given: Path
     path: Path
     work: Path
     lock: Path
-    replaces: bool
+    overwrite: bool
 
 
 def check_target(plan: MergePlan, target: Path, *, overwrite: bool) -> Target:
@@ -45,9 +48,7 @@ def check_target(plan: MergePlan, target: Path, *, overwrite: bool) -> Target:
     given = target.expanduser()
     target = Path(os.path.abspath(given))  # noqa: PTH100 - resolve() would follow a link
     _refuse_the_source(plan, target)
-    replaces = target.exists() or target.is_symlink()
-    if replaces:
-        _check_replaceable(target, overwrite=overwrite)
+    _check_replaceable(target, overwrite=overwrite)
     parent = _existing_parent(target)
     if not os.access(parent, os.W_OK | os.X_OK):
         raise TargetError(
@@ -57,7 +58,7 @@ def check_target(plan: MergePlan, target: Path, *, overwrite: bool) -> Target:
     name = f".{target.name}.nbmerge-{plan.digest[:12]}"
     work = target.parent / name
     _check_space(plan, parent, work)
-    return Target(given, target, work, target.parent / f"{name}.lock", replaces)
+    return Target(given, target, work, target.parent / f"{name}.lock", overwrite)
 
 
 def _existing_parent(target: Path) -> Path:
@@ -93,6 +94,8 @@ def _refuse_the_source(plan: MergePlan, target: Path) -> None:
 
 
 def _check_replaceable(target: Path, *, overwrite: bool) -> None:
+    if not target.exists() and not target.is_symlink():
+        return
     if target.is_symlink() or not target.is_dir():
         raise TargetError(
             "the target exists and is a link" if target.is_symlink() else "the target exists and is a file",
@@ -137,34 +140,50 @@ def _check_space(plan: MergePlan, parent: Path, work: Path) -> None:
 
 @contextmanager
 def workspace(target: Target) -> Iterator[Path]:
-    """The locked sibling directory. Raises TargetError where another process is writing it."""
+    """The locked sibling directory. Raises TargetError where another process is writing it, or has just finished."""
     target.path.parent.mkdir(parents=True, exist_ok=True)
     lock = os.open(target.lock, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o666)
     try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
-                raise
+        if not _taken(lock, target.lock):
             raise TargetError(
                 "another process is merging the same checkpoint to the same target", where=str(target.path),
                 fix="wait for it, or choose another target",
-            ) from error  # fmt: skip
-        target.work.mkdir(exist_ok=True)
-        if target.work.is_symlink() or target.work.stat().st_uid != os.getuid():
-            raise TargetError(
-                "the working directory beside the target belongs to somebody else", where=str(target.work),
-                fix="choose a target in a directory of your own",
             )  # fmt: skip
-        yield target.work
-        target.lock.unlink(missing_ok=True)
+        try:
+            _check_replaceable(target.path, overwrite=target.overwrite)  # another process may just have finished
+            target.work.mkdir(exist_ok=True)
+            if target.work.is_symlink() or target.work.stat().st_uid != os.getuid():
+                raise TargetError(
+                    "the working directory beside the target belongs to somebody else", where=str(target.work),
+                    fix="choose a target in a directory of your own",
+                )  # fmt: skip
+            yield target.work
+        finally:
+            target.lock.unlink(missing_ok=True)
     finally:
         os.close(lock)
 
 
+def _taken(lock: int, path: Path) -> bool:
+    """Whether this process now holds the lock, and its file is still the one that others would open."""
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return os.path.samestat(os.fstat(lock), path.stat())
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+            raise
+        return False
+
+
 def publish(target: Target) -> None:
-    """Gives the finished sibling the target's name; what was there before is kept until that is done."""
+    """Gives the finished sibling the target's name; what was there before is kept until that is done.
+
+    Raises TargetError where something came to be there that must not be replaced.
+    """
     sync_directory(target.work)
+    _check_replaceable(target.path, overwrite=target.overwrite)  # another plan's merge may have finished meanwhile
     old: Path | None = None
     if target.path.is_dir():
         old = target.work.with_name(target.work.name + ".old")
