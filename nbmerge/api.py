@@ -133,7 +133,7 @@ def carry_out(
     progress: bool | None = None,
 ) -> MergeReport:
     """Writes a plan to `target_dir`, verifies it and publishes it. Raises as `merge` does."""
-    from nbmerge.engine.publish import check_target
+    from nbmerge.engine.target import check_target
     from nbmerge.merging import write_and_publish
 
     plan.raise_if_problems()

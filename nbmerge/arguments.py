@@ -78,9 +78,9 @@ def add_merge_options(parser: argparse.ArgumentParser, names: Container[str] | N
             if choices := item.metadata.get("choices"):
                 keywords["choices"] = choices
             keywords["metavar"] = item.metadata.get("metavar") or (None if choices else item.name.upper())
-        parser.add_argument(f"--{item.name}", **keywords)
+        parser.add_argument(*(f"--{name}" for name in (item.name, *item.metadata.get("aliases", ()))), **keywords)
 
 
 def merge_options(namespace: argparse.Namespace) -> dict[str, Any]:
     """The merge's options in a namespace, as keywords of `nbmerge.merge`."""
-    return {item.name: getattr(namespace, item.name) for item in fields(MergeOptions)}
+    return {item.name: getattr(namespace, item.name) for item in fields(MergeOptions) if hasattr(namespace, item.name)}

@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import argparse
+import io
 import logging
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from nbmerge.arguments import HelpRequested, Parser, UsageError, add_merge_options, merge_options
-from nbmerge.errors import NbmergeError, OptionError, plural, summarise
+from nbmerge.arguments import HelpRequested, Parser, add_merge_options, merge_options
+from nbmerge.errors import NbmergeError, OptionError, one_line, plural, summarise
+from nbmerge.options import OPEN_OPTIONS
 
 OK, PROBLEM, USAGE, INTERRUPTED = 0, 1, 2, 130
 _PROGRAM = "python -m nbmerge"
+_log = logging.getLogger(__name__)
 
 
 def main(words: Sequence[str] | None = None) -> int:
     """Runs a command and returns its exit code: 0 complete, 1 a problem, 2 usage."""
     words = list(sys.argv[1:] if words is None else words)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a name or a sign that the terminal cannot show is no failure
+            stream.reconfigure(errors="backslashreplace")
     if not words or words[0] in ("-h", "--help"):
         print(_overview())
         return OK if words else USAGE
@@ -42,6 +48,14 @@ def main(words: Sequence[str] | None = None) -> int:
         return INTERRUPTED
     except OSError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return PROBLEM
+    except Exception as error:  # noqa: BLE001 - what no one foresaw is told in a block too
+        _log.debug("an error that no one foresaw", exc_info=True)
+        print(
+            f"internal error: {type(error).__name__}: {one_line(str(error))}\n"
+            "  fix:   run it again with -v, which shows where, and report it",
+            file=sys.stderr,
+        )
         return PROBLEM
 
 
@@ -70,8 +84,6 @@ def _merge(options: argparse.Namespace) -> int:
 
     given = merge_options(options)
     _say_what_is_not_needed(given)
-    if options.target_dir is None and not options.dry_run:
-        raise UsageError("--target_dir is required", "pass the directory to write, or --dry_run")
     report = nbmerge.merge(options.local_dir, options.target_dir, **given)
     print(report)
     return OK
@@ -109,15 +121,24 @@ def _say_what_is_not_needed(given: dict[str, Any]) -> None:
         print("--use_cpu_initialization is not needed any more: a merge never uses a GPU", file=sys.stderr)
 
 
+# What shapes the tensors that are compared, and verl's flags that a test does not need.
+_TEST_OPTIONS = {
+    *OPEN_OPTIONS, "dtype", "dialect", "is_value_model", "tie_word_embedding", "base_model", "lora", "weights",
+    "hf_upload_path", "private", "use_cpu_initialization",
+}  # fmt: skip
+
+
 def _commands() -> dict[str, _Command]:
     merge = _Command("merge", "merge a checkpoint into a Hugging Face directory", _merge)
     merge.parser.add_argument("--local_dir", required=True, metavar="CKPT", help="the checkpoint's directory")
-    merge.parser.add_argument("--target_dir", metavar="OUT", help="the directory to write; must not exist")
+    merge.parser.add_argument(
+        "--target_dir", default="tmp", metavar="OUT", help="the directory to write; must not exist (default: tmp)"
+    )
     add_merge_options(merge.parser)
     test = _Command("test", "compare what a merge would write with a directory, bit for bit", _test)
     test.parser.add_argument("--local_dir", required=True, metavar="CKPT", help="the checkpoint's directory")
     test.parser.add_argument("--test_hf_dir", required=True, metavar="REF", help="the directory to compare with")
-    add_merge_options(test.parser)
+    add_merge_options(test.parser, _TEST_OPTIONS)
     demo = _Command("demo", "make a small real FSDP checkpoint, merge it, and prove the result", _demo)
     demo.parser.add_argument("--dir", metavar="DIR", help="keep checkpoint and result in this new directory")
     return {"merge": merge, "test": test, "demo": demo}

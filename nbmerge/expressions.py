@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING
 
 from nbmerge.dtypes import DType
@@ -320,6 +320,17 @@ def substitute(expr: Expr, inputs: Mapping[str, Expr]) -> Expr:
 def input_names(expr: Expr) -> list[str]:
     """The names of the Inputs below the node, each once, in order."""
     return list(dict.fromkeys(node.name for node in walk(expr) if isinstance(node, Input)))
+
+
+def fingerprint(expr: Expr) -> Iterator[str]:
+    """Words that tell the expression from any other: its nodes, and every field of each that shapes its bytes."""
+    for node in walk(expr):
+        yield type(node).__name__
+        for item in fields(node):  # type: ignore[arg-type]  # every node is a dataclass
+            if item.name not in ("source", "parts", "inputs", "function"):
+                yield str(getattr(node, item.name))
+        if isinstance(node, Paste):
+            yield str([offset for offset, _ in node.parts])
 
 
 def is_copy(expr: Expr) -> bool:

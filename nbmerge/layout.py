@@ -95,21 +95,29 @@ class LazyTensor(Displayed):
 
 @dataclass(frozen=True, slots=True)
 class SourceFile:
-    """A file of the checkpoint: path, size in bytes, time of its last change in ns, and what it is.
+    """A file that a merge reads or leaves alone: path, size in bytes, times of its last change in ns, and what it is.
 
-    role: `weights`, `optimizer`, `extra state`, `config` or `other`.
+    role: `weights`, `optimizer`, `extra state` or `config`.
     """
 
     path: Path
     size: int
     mtime_ns: int
     role: str
+    ctime_ns: int = 0
 
     @staticmethod
     def of(path: Path, role: str) -> SourceFile:
         """The file as it is now."""
         stat = path.stat()
-        return SourceFile(path, stat.st_size, stat.st_mtime_ns, role)
+        return SourceFile(path, stat.st_size, stat.st_mtime_ns, role, stat.st_ctime_ns)
+
+    def has_changed(self) -> bool:
+        """Whether the file is not there any more, or was written or replaced since."""
+        try:
+            return SourceFile.of(self.path, self.role) != self
+        except OSError:
+            return True
 
 
 @dataclass(frozen=True, repr=False)

@@ -17,8 +17,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from nbmerge.api import carry_out, open_checkpoint, plan_merge
 from nbmerge.errors import NotSupportedError, OptionError, VerificationError, plural
 from nbmerge.layout import Checkpoint, LazyTensor
+from nbmerge.loaders.base import config_directory
 from nbmerge.memory import checkpoint_of
 from nbmerge.naming.model import HFModel, auto_class_name
+from nbmerge.options import OPEN_OPTIONS
 from nbmerge.plan import MergePlan
 from nbmerge.report import MergeReport
 
@@ -87,7 +89,18 @@ class BaseModelMerger(ABC):
     def hf_model_config_path(self) -> Path:
         """The directory of config.json and the tokenizer."""
         given = self.config.hf_model_config_path
-        return Path(given).expanduser() if given else self.local_dir / "huggingface"
+        if given:
+            return Path(given).expanduser()
+        return config_directory(self.local_dir) or self.local_dir / "huggingface"
+
+    @property
+    def model_config(self) -> Any:
+        """transformers' config object of config.json."""
+        from transformers import AutoConfig
+
+        return AutoConfig.from_pretrained(
+            self.hf_model_config_path, trust_remote_code=self.config.trust_remote_code, local_files_only=True
+        )
 
     def get_transformers_auto_model_class(self) -> Any:
         """transformers' auto class for the config's architecture. Raises ConfigError where there is none."""
@@ -109,10 +122,8 @@ class BaseModelMerger(ABC):
         state_dict: torch tensors, lazy tensors, or both, under in-memory or published names; all that the model
         has. Raises as `nbmerge.merge` does.
         """
-        keywords = self.config.merge_keywords()
-        del keywords["backend"]
         checkpoint = checkpoint_of(state_dict, self.local_dir, self.hf_model_config_path)
-        return self._write(plan_merge(checkpoint, **keywords))
+        return self._write(plan_merge(checkpoint, **self._plan_keywords()))
 
     def save_lora_adapter(self, state_dict: Mapping[str, torch.Tensor | LazyTensor]) -> None:
         """Not yet: raises NotSupportedError."""
@@ -129,10 +140,16 @@ class BaseModelMerger(ABC):
     def cleanup(self) -> None:  # noqa: B027 - a subclass may have something to release
         """Nothing is left to release: files are open only while a method runs, and no process group is made."""
 
+    def _plan_keywords(self) -> dict[str, Any]:
+        """The keywords that an opened checkpoint leaves to decide."""
+        early = set(OPEN_OPTIONS) - {"hf_model_config_path", "trust_remote_code", "workers"}
+        return {name: value for name, value in self.config.merge_keywords().items() if name not in early}
+
     def _write(self, plan: MergePlan) -> MergeReport:
         if self.config.hf_upload:
             self.upload_to_huggingface()
-        return carry_out(plan, self.config.target_dir, overwrite=bool(self.config.options.get("overwrite")))
+        asked = {name: bool(self.config.options.get(name)) for name in ("overwrite", "dry_run")}
+        return carry_out(plan, self.config.target_dir, **asked)
 
 
 class FSDPModelMerger(BaseModelMerger):
@@ -142,16 +159,16 @@ class FSDPModelMerger(BaseModelMerger):
 
     def open(self) -> Checkpoint:
         """The checkpoint's index. Raises as `nbmerge.open_checkpoint` does."""
-        return open_checkpoint(
-            self.local_dir, self.backend, hf_model_config_path=self.config.hf_model_config_path,
-            trust_remote_code=self.config.trust_remote_code,
-        )  # fmt: skip
+        given = {name: value for name, value in self.config.merge_keywords().items() if name in OPEN_OPTIONS}
+        if given.pop("backend") not in ("auto", self.backend):
+            raise OptionError(
+                f"backend={self.config.backend!r} for {type(self).__name__}", fix=f"backend={self.backend!r}, or auto"
+            )
+        return open_checkpoint(self.local_dir, self.backend, **given)
 
     def plan(self) -> MergePlan:
         """What would be written."""
-        keywords = self.config.merge_keywords()
-        del keywords["backend"]
-        return plan_merge(self.open(), **keywords)
+        return plan_merge(self.open(), **self._plan_keywords())
 
     def merge_and_save(self) -> MergeReport:
         """Merges into target_dir; for `test`, compares bit for bit and raises VerificationError on a difference."""

@@ -8,13 +8,14 @@ from pathlib import Path
 from nbmerge.engine.events import Listener
 from nbmerge.engine.execute import write_files
 from nbmerge.engine.publish import (
-    Target,
+    copy_synced,
     discard,
     full_disk,
     publish,
     workspace,
     write_synced,
 )
+from nbmerge.engine.target import Target
 from nbmerge.errors import (
     CorruptFileError,
     InconsistentCheckpointError,
@@ -38,6 +39,7 @@ def write_and_publish(plan: MergePlan, target: Target, listener: Listener) -> Me
         with workspace(target) as directory:
             _remove_strays(plan, directory)
             try:
+                _refuse_changed_sources(plan)
                 outcome = write_files(plan, directory, listener)
                 _refuse_changed_sources(plan)
                 _write_side_files(plan, directory)
@@ -82,19 +84,13 @@ def _remove_strays(plan: MergePlan, directory: Path) -> None:
 
 
 def _refuse_changed_sources(plan: MergePlan) -> None:
-    changed = []
-    for file in plan.checkpoint.files:
-        if file.role != "weights":
-            continue
-        stat = file.path.stat() if file.path.exists() else None
-        if stat is None or (stat.st_size, stat.st_mtime_ns) != (file.size, file.mtime_ns):
-            changed.append(file.path.name)
+    changed = [file.path.name for file in plan.sources if file.has_changed()]
     if changed:
         raise InconsistentCheckpointError(
-            f"the checkpoint changed while it was merged: {listing(changed)}",
+            f"the checkpoint changed since it was opened: {listing(changed)}",
             where=str(plan.checkpoint.path),
             why="training, or a copy, still writes to it",
-            fix="merge again when it is finished",
+            fix="open and merge it again when that is finished",
         )
 
 
@@ -106,4 +102,4 @@ def _write_side_files(plan: MergePlan, directory: Path) -> None:
         if file.content is not None:
             write_synced(path, file.content)
         elif file.source is not None:
-            write_synced(path, file.source.read_bytes())
+            copy_synced(file.source.path, path)

@@ -37,6 +37,7 @@ class MergeOptions:
         "directory of config.json and tokenizer, for a checkpoint without huggingface/",
         metavar="DIR",
         path=True,
+        aliases=("hf_model_path",),  # verl's older name
     )
     dtype: str | None = _option(None, "cast floating weights, e.g. bfloat16; default: as stored", shapes=True)
     max_shard_size: str = _option("5GB", "largest safetensors file, e.g. 5GB or 500MB", shapes=True)

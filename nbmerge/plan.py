@@ -6,13 +6,14 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 from nbmerge.dtypes import DType
 from nbmerge.errors import PlanError, Problem, plural
-from nbmerge.expressions import Expr
+from nbmerge.expressions import Expr, fingerprint
 from nbmerge.geometry import Box, Shape
-from nbmerge.layout import Checkpoint
+from nbmerge.layout import Checkpoint, SourceFile
 from nbmerge.naming.published import Drop, Tie
 from nbmerge.options import MergeOptions
 from nbmerge.shown import Displayed
@@ -56,7 +57,7 @@ class SideFile:
     """A small file beside the weights. It is copied from `source`, or written from `content`."""
 
     name: str
-    source: Path | None = None
+    source: SourceFile | None = None
     content: bytes | None = None
 
     @property
@@ -64,7 +65,7 @@ class SideFile:
         """Bytes."""
         if self.content is not None:
             return len(self.content)
-        return self.source.stat().st_size if self.source else 0
+        return self.source.size if self.source else 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +129,8 @@ class Execution:
 class MergePlan(Displayed):
     """What a merge will write. Data only; `nbmerge.merge` carries it out.
 
-    files: the safetensors files; side_files: config, tokenizer, index, receipt's companions;
+    config_dir: where config and tokenizer are read from; files: the safetensors files; side_files: config,
+    tokenizer, index and the like; left_out: files of config_dir that are not copied;
     expected: the shapes that the model class wants by output name; unloaded: outputs that it knows and ignores;
     probed: small tensors that were compared while planning; equalities: large ones that the copy compares;
     drift: copies on several ranks that were found to differ, of which the lowest rank's is written.
@@ -136,6 +138,7 @@ class MergePlan(Displayed):
 
     checkpoint: Checkpoint
     options: MergeOptions
+    config_dir: Path
     model_class: str
     dialect: str
     files: tuple[OutputFile, ...]
@@ -146,6 +149,7 @@ class MergePlan(Displayed):
     drops: tuple[Drop, ...] = ()
     ties: tuple[Tie, ...] = ()
     unloaded: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()
     renamed: int = 0
     config_edits: Mapping[str, tuple[object, object]] = field(default_factory=dict)
     probed: tuple[Equality, ...] = ()
@@ -177,15 +181,25 @@ class MergePlan(Displayed):
             )
 
     @property
+    def sources(self) -> tuple[SourceFile, ...]:
+        """Every file that carrying the plan out reads."""
+        weights = (file for file in self.checkpoint.files if file.role == "weights")
+        return (*weights, *(file.source for file in self.side_files if file.source))
+
+    @cached_property
     def digest(self) -> str:
-        """Changes with the sources (size and time), the options that shape the result, and the versions."""
+        """Changes with the sources (size and times), what is taken from them, the options, and the versions."""
         facts = {
-            "sources": [[str(f.path), f.size, f.mtime_ns] for f in self.checkpoint.files if f.role == "weights"],
+            "sources": [[str(f.path), f.size, f.mtime_ns, f.ctime_ns] for f in self.sources],
             "options": self.options.shaping(),
             "origin": self.checkpoint.origin,
             "overrides": dict(self.checkpoint.overrides),
             "versions": dict(self.versions),
-            "headers": [[file.name, hashlib.sha256(file.header).hexdigest()] for file in self.files],
-            "config": [hashlib.sha256(f.content or b"").hexdigest() for f in self.side_files],
+            "side_files": [[f.name, hashlib.sha256(f.content or b"").hexdigest()] for f in self.side_files],
         }
-        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+        digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
+        for file in self.files:
+            digest.update(file.header)
+            for tensor in file.tensors:
+                digest.update("\n".join(fingerprint(tensor.expr)).encode())
+        return digest.hexdigest()

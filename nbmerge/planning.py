@@ -27,6 +27,7 @@ _BUFFER = 2 * 2**20  # bytes that a worker puts together in memory at a time
 _PROBED = 2**20  # bytes of one tensor's replicas that are compared while planning
 _PROBED_IN_ALL = 64 * 2**20
 _MAX_WORKERS = 8
+_LONGEST_NAME = 1000  # characters
 
 
 def make_plan(checkpoint: Checkpoint, model: HFModel, options: MergeOptions) -> MergePlan:
@@ -38,21 +39,27 @@ def make_plan(checkpoint: Checkpoint, model: HFModel, options: MergeOptions) -> 
     exprs = {name: tensor.expr for name, tensor in checkpoint.tensors.items()}
     named = name_tensors(exprs, facts, options.dialect)
     outputs, casts = _cast(named, facts, options)
-    files = deal(outputs, parse_size(options.max_shard_size))
+    unsafe = _unsafe_names(outputs)
+    files = deal(
+        {name: expr for name, expr in outputs.items() if name not in unsafe}, parse_size(options.max_shard_size)
+    )
     edits, config = edited_config(model, outputs, options, facts)
+    beside = side_files(model.config_dir, files, config)
     probed, equalities = _comparisons(checkpoint, named.ties)
     _log.debug(
         "%s: %d outputs in %d files; comparing %d small copies", facts.class_name, len(outputs), len(files), len(probed)
     )
     drift, unequal = _probe(probed)
-    problems = [*checkpoint.problems, *named.problems, *_unsafe_names(outputs), *unequal]
+    problems = [*checkpoint.problems, *named.problems, *unsafe.values(), *beside.problems, *unequal]
     return MergePlan(
         checkpoint=checkpoint,
         options=options,
+        config_dir=model.config_dir,
         model_class=facts.class_name,
         dialect=named.dialect,
         files=files,
-        side_files=tuple(side_files(model.config_dir, files, config)),
+        side_files=beside.files,
+        left_out=beside.left_out,
         expected=named.expected,
         execution=_execution(files, options),
         casts=casts,
@@ -89,16 +96,31 @@ def _cast(named: Named, facts: ModelFacts, options: MergeOptions) -> tuple[dict[
     notes: list[CastNote] = []
     for name, expr in named.outputs.items():
         outputs[name] = expr
-        if expr.dtype.is_floating and expr.dtype != wanted and not facts.stays_fp32(name):
+        if expr.dtype.is_floating and expr.dtype != wanted and not facts.is_kept_from(wanted, name):
             notes.append(CastNote(name, expr.dtype, wanted))
             outputs[name] = Cast(expr, wanted)
     return outputs, tuple(notes)
 
 
-def _unsafe_names(outputs: Mapping[str, Expr]) -> list[Problem]:
-    """Names that no safetensors header should carry."""
-    bad = [name for name in outputs if not name or len(name) > 1000 or name == "__metadata__" or "\x00" in name]
-    return [Problem(f"{name[:80]!r} cannot be a tensor's name in a safetensors file") for name in bad]
+def _unsafe_names(outputs: Mapping[str, Expr]) -> dict[str, Problem]:
+    """Names that no safetensors header should carry: empty, overlong, not of UTF-8, or with a meaning of its own."""
+    return {
+        name: Problem(
+            f"{name[:80]!r} cannot be a tensor's name in a safetensors file",
+            why="the checkpoint was made by other means than training, or is damaged",
+            fix="rename the tensor where it was saved",
+        )
+        for name in outputs
+        if not name or len(name) > _LONGEST_NAME or name == "__metadata__" or "\x00" in name or not _is_utf8(name)
+    }
+
+
+def _is_utf8(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _comparisons(checkpoint: Checkpoint, ties: tuple[Tie, ...]) -> tuple[tuple[Equality, ...], tuple[Equality, ...]]:

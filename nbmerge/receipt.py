@@ -23,12 +23,12 @@ def receipt(plan: MergePlan, digests: Mapping[str, str], drift: Sequence[Drift])
         "plan_digest": plan.digest,
         "versions": dict(plan.versions),
         "source": {
-            "path": str(checkpoint.path),
+            "path": str(checkpoint.path.absolute()),
             "backend": checkpoint.backend,
             "layout": checkpoint.layout,
             "world_size": checkpoint.world_size,
             "mesh": [str(axis) for axis in checkpoint.mesh],
-            "config_dir": str(checkpoint.config_dir),
+            "config_dir": str(plan.config_dir.absolute()),
             "overrides": dict(checkpoint.overrides),
             "files": [
                 {"name": f.path.name, "role": f.role, "bytes": f.size, "mtime_ns": f.mtime_ns} for f in checkpoint.files
@@ -39,9 +39,6 @@ def receipt(plan: MergePlan, digests: Mapping[str, str], drift: Sequence[Drift])
         "casts": [{"tensor": cast.name, "from": cast.before.name, "to": cast.after.name} for cast in plan.casts],
         "drops": [{"tensor": drop.name, "reason": drop.reason} for drop in plan.drops],
         "ties": [{"tensor": tie.name, "kept": tie.kept} for tie in plan.ties],
-        "trims": [],
-        "fills": [],
-        "folds": [],
         "unloaded": list(plan.unloaded),
         "config_edits": {key: {"from": a, "to": b} for key, (a, b) in plan.config_edits.items()},
         "compared": [equality.name for equality in (*plan.probed, *plan.equalities)],
@@ -64,6 +61,7 @@ def receipt(plan: MergePlan, digests: Mapping[str, str], drift: Sequence[Drift])
             }
             for file in plan.files
         ],
+        "left_out": list(plan.left_out),
         "side_files": [file.name for file in plan.side_files],
         "total_size": plan.data_bytes,
     }

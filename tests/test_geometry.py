@@ -204,13 +204,15 @@ class TestPlacements:
             assert not box.numel or box.offset == tuple(offset)
 
     def test_the_pieces_of_257_rows_on_4_by_2_ranks(self):
-        """shared knowledge of torch's own full_tensor: the last data-parallel rank holds 30 and 32 rows."""
+        """What torch's own full_tensor() relies on: the last data-parallel rank holds 30 and 32 rows."""
         placements = [Placement("shard", 0, 2), Placement("shard", 0)]
         last = [local_box((257, 18), placements, (4, 2), (3, tp)) for tp in range(2)]
         assert [box.shape[0] for box in last] == [30, 32]
 
     def test_a_split_factor_that_no_order_gives(self):
-        with pytest.raises(ValueError, match=r"StridedShard\(0, sf=3\) on mesh dimension 0 of a mesh of shape \(2, 2\)"):
+        with pytest.raises(
+            ValueError, match=r"StridedShard\(0, sf=3\) on mesh dimension 0 of a mesh of shape \(2, 2\)"
+        ):
             shard_order([Placement("shard", 0, 3), Placement("shard", 0)], (2, 2))
 
     def test_a_dimension_that_the_tensor_does_not_have(self):
@@ -369,9 +371,16 @@ class TestViewedStrides:
         first = data.draw(st.sampled_from(divisors))
         second = data.draw(st.sampled_from([n for n in divisors if (size // first) % n == 0]))
         new = data.draw(
-            st.sampled_from([tuple(tensor.shape), (first, size // first), (first, second, size // first // second), (size,),
-                             (1, first, 1, size // first)])
-        )  # fmt: skip
+            st.sampled_from(
+                [
+                    tuple(tensor.shape),
+                    (first, size // first),
+                    (first, second, size // first // second),
+                    (size,),
+                    (1, first, 1, size // first),
+                ]
+            )
+        )
         strides = viewed_strides(tuple(tensor.shape), tensor.stride(), new)
         try:
             theirs = tensor.view(new)

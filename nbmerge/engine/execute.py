@@ -87,8 +87,10 @@ class _Writing:
         self._start = time.perf_counter()
         self._lock = threading.Lock()
         self._left = 1  # the one that `sealed` takes away, so that no job is the last before all are known
+        self._running = 0  # the descriptor stays open while a job may write to it: its number could become another's
+        self._over = self._closed = False
         flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | getattr(os, "O_CLOEXEC", 0)
-        self._target: int | None = os.open(self._part, flags, 0o666)
+        self._target = os.open(self._part, flags, 0o666)
         try:
             os.ftruncate(self._target, file.size)
         except OSError:
@@ -100,41 +102,51 @@ class _Writing:
         with self._lock:
             self._left += 1
 
-        def work() -> None:
-            if self._target is not None:
-                copy.carry_out(job, self._target, sources)
-                self._listener(Advanced(job.nbytes))
-                self._one_less()
+        def act() -> None:
+            copy.carry_out(job, self._target, sources)
+            self._listener(Advanced(job.nbytes))
 
-        return work
+        return lambda: self._run(act)
 
     def sealed(self) -> None:
         """Writes the header. All jobs are known now: whichever ends last finishes the file."""
-        if self._target is not None:
-            copy.write_all(self._target, memoryview(self._file.header), 0)
-            self._one_less()
+        self._run(lambda: copy.write_all(self._target, memoryview(self._file.header), 0))
 
-    def _one_less(self) -> None:
+    def _run(self, act: Callable[[], None]) -> None:
         with self._lock:
-            self._left -= 1
-            last = self._left == 0
-        if last and self._target is not None:
-            os.fsync(self._target)
-            self._close()
-            self._part.rename(self._path)
-            _log.debug("%s: %d bytes in %.2f s", self._file.name, self._file.size, time.perf_counter() - self._start)
-            self._listener(FileDone(self._file.name, self._file.size, False))
+            if self._over:
+                return
+            self._running += 1
+        try:
+            act()
+            with self._lock:
+                self._left -= 1
+                last = self._left == 0
+            if last:
+                self._finish()
+        finally:
+            with self._lock:
+                self._running -= 1
+                self._close_if_idle()
 
-    def _close(self) -> None:
-        if self._target is not None:
+    def _close_if_idle(self) -> None:
+        if self._over and self._running == 0 and not self._closed:
             os.close(self._target)
-            self._target = None
+            self._closed = True
+
+    def _finish(self) -> None:
+        os.fsync(self._target)
+        self._part.rename(self._path)
+        self._over = True
+        _log.debug("%s: %d bytes in %.2f s", self._file.name, self._file.size, time.perf_counter() - self._start)
+        self._listener(FileDone(self._file.name, self._file.size, False))
 
     def close(self) -> None:
-        """Removes the file where it was not finished. No job may be running."""
-        if self._target is not None:
-            self._close()
-            self._part.unlink(missing_ok=True)
+        """Lets go of the file, and removes it where it was not finished. A job that still runs closes it last."""
+        self._part.unlink(missing_ok=True)
+        with self._lock:
+            self._over = True
+            self._close_if_idle()
 
 
 def write_files(plan: MergePlan, directory: Path, listener: Listener = silent) -> Outcome:
@@ -167,7 +179,10 @@ def write_files(plan: MergePlan, directory: Path, listener: Listener = silent) -
 
 def _is_whole(path: Path, file: OutputFile) -> bool:
     """Whether an earlier run of the same plan finished the file: only then has it its final name."""
-    return path.is_file() and path.stat().st_size == file.size
+    if not path.is_file() or path.stat().st_size != file.size:
+        return False
+    with path.open("rb") as stream:
+        return stream.read(len(file.header)) == file.header
 
 
 def _jobs(file: OutputFile, buffer_bytes: int) -> Iterator[copy.Job]:

@@ -35,6 +35,7 @@ class LocalFiles:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._open: OrderedDict[str, list[int]] = OrderedDict()  # file → [descriptor, users]
+        self._closed = False
 
     @contextmanager
     def descriptor(self, file: str) -> Iterator[int]:
@@ -51,6 +52,7 @@ class LocalFiles:
         finally:
             with self._lock:
                 entry[1] -= 1
+                self._close_idle(0 if self._closed else _MAX_OPEN)
 
     def _close_idle(self, keep: int) -> None:
         for file in [file for file, entry in self._open.items() if entry[1] == 0]:
@@ -70,8 +72,9 @@ class LocalFiles:
                 done += count
 
     def close(self) -> None:
-        """Closes every file."""
+        """Closes every file; one that a thread still reads is closed when it has read."""
         with self._lock:
+            self._closed = True
             self._close_idle(0)
 
     def __enter__(self) -> LocalFiles:

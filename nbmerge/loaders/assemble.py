@@ -157,11 +157,9 @@ class Assembler:
         )
 
 
-def override(piece: Piece, names: tuple[str, ...], mesh: Shape, placements: tuple[Placement, ...],
-             rank: int, shape: Shape) -> MeshPiece | None:  # fmt: skip
-    """The piece as the user says it lies: ranks in row-major order on the mesh. None for a ShardedTensor."""
-    if isinstance(piece, BoxPiece):
-        return None
+def override(piece: PlainPiece | MeshPiece, names: tuple[str, ...], mesh: Shape, placements: tuple[Placement, ...],
+             rank: int, shape: Shape) -> MeshPiece:  # fmt: skip
+    """The piece as the user says it lies: ranks in row-major order on the mesh."""
     return MeshPiece(piece.stored, shape, names, mesh, unravel(rank, mesh), placements, None)
 
 

@@ -94,3 +94,11 @@ def existing_directory(path: Path) -> Path:
         why=f"{parent} holds {listing(near, shown=5)}" if near else "",
         fix=f"pass {parent}" if path.is_file() else "pass the directory that holds the files of all ranks",
     )
+
+
+def config_directory(directory: Path) -> Path | None:
+    """Where config.json is: `huggingface/` beside the shards, as verl writes it, or among them."""
+    for candidate in (directory / "huggingface", directory):
+        if (candidate / "config.json").is_file():
+            return candidate
+    return None

@@ -30,7 +30,7 @@ from nbmerge.errors import (
 )
 from nbmerge.layout import Checkpoint, LazyTensor, MeshAxis, SourceFile
 from nbmerge.loaders.assemble import Assembler, global_shape, override
-from nbmerge.loaders.base import Loader, OpenOptions, Overrides
+from nbmerge.loaders.base import Loader, OpenOptions, Overrides, config_directory
 from nbmerge.loaders.pieces import BoxPiece, MeshPiece, Piece, piece_of
 from nbmerge.loaders.unpickle import load_torch_file
 
@@ -105,16 +105,15 @@ class FSDPLoader(Loader):
         return tuple(words)
 
     def open(self, directory: Path, options: OpenOptions) -> Checkpoint:
-        found = _Directory.scan(directory)
+        found = _Directory.scan(directory.absolute())  # so that a later change of directory does not matter
         world_size, weights = found.weights()
         version = _fsdp_version(directory, world_size)
-        mesh_is_given = options.overrides.mesh_shape is not None
         _check_overrides(options.overrides, world_size)
         states = _read_all(weights, options)
         _refuse_flat_parameters(states[0], weights[0])
-        config_dir = options.config_dir or _config_dir(directory)
+        config_dir = options.config_dir or config_directory(directory)
         pieces, objects, problems = _pieces_by_name(states, weights)
-        if mesh_is_given and options.overrides.placements:
+        if options.overrides.placements:
             pieces = _overridden(pieces, options.overrides)
         tensors, unassembled = _assemble(pieces, world_size, config_dir, options)
         if problems + unassembled:
@@ -158,19 +157,13 @@ def _fsdp_version(directory: Path, world_size: int) -> int | None:
     return version
 
 
-def _config_dir(directory: Path) -> Path | None:
-    """Where config.json is: `huggingface/` beside the shards, as verl writes it, or among them."""
-    for candidate in (directory / "huggingface", directory):
-        if (candidate / "config.json").is_file():
-            return candidate
-    return None
-
-
 def _check_overrides(overrides: Overrides, world_size: int) -> None:
     mesh = overrides.mesh_shape
     if overrides.placements and mesh is None:
         raise OptionError("--placements needs --mesh_shape", fix=f"for example --mesh_shape {world_size}")
     if mesh is None:
+        if overrides.mesh_dim_names:
+            raise OptionError("--mesh_dim_names needs --mesh_shape and --placements", fix="give all three, or none")
         return
     size = 1
     for length in mesh:
@@ -189,6 +182,11 @@ def _check_overrides(overrides: Overrides, world_size: int) -> None:
                 f"the mesh has {len(mesh)} dimensions",
                 fix="give one placement for each mesh dimension",
             )
+    if not overrides.placements:
+        raise OptionError(
+            "--mesh_shape needs --placements", why="the sizes alone do not say how a tensor lies on the mesh",
+            fix='a JSON file such as {"*": ["Shard(0)"]}, one placement for each mesh dimension',
+        )  # fmt: skip
 
 
 def _read_all(weights: Mapping[int, Path], options: OpenOptions) -> dict[int, Mapping[str, Any]]:
@@ -251,21 +249,35 @@ def _overridden(pieces: dict[str, dict[int, Piece]], overrides: Overrides) -> di
     """The pieces with the user's mesh and placements, where a pattern names the tensor."""
     mesh = overrides.mesh_shape or ()
     names = overrides.mesh_dim_names or tuple(f"dim{i}" for i in range(len(mesh)))
-    result: dict[str, dict[int, Piece]] = {}
+    result = dict(pieces)
+    unused = {pattern for pattern in overrides.placements if pattern != "*"}  # for the rest, if there is any
     for name, by_rank in pieces.items():
-        placements = next((ps for pat, ps in overrides.placements.items() if fnmatch.fnmatchcase(name, pat)), None)
-        result[name] = by_rank
-        if placements is not None:
-            try:
-                shape = global_shape(by_rank, mesh, placements)
-            except ValueError as error:
-                raise OptionError(
-                    f"--placements does not fit {name}: {error}",
-                    fix='give it a pattern of its own, before the others: {"…": ["Replicate"], "*": ["Shard(0)"]}',
-                ) from error
-            result[name] = {
-                rank: override(piece, names, mesh, placements, rank, shape) or piece for rank, piece in by_rank.items()
-            }
+        pattern = next((pattern for pattern in overrides.placements if fnmatch.fnmatchcase(name, pattern)), None)
+        if pattern is None:
+            continue
+        unused.discard(pattern)
+        placements = overrides.placements[pattern]
+        free = {rank: piece for rank, piece in by_rank.items() if not isinstance(piece, BoxPiece)}
+        if len(free) < len(by_rank):
+            raise OptionError(
+                f"--placements names {name}, a ShardedTensor",
+                why="its file says of each piece where it lies, and nothing is left to decide",
+                fix="give patterns of the other tensors only",
+            )
+        try:
+            shape = global_shape(by_rank, mesh, placements)
+        except ValueError as error:
+            raise OptionError(
+                f"--placements does not fit {name}: {error}",
+                fix='give it a pattern of its own, before the others: {"…": ["Replicate"], "*": ["Shard(0)"]}',
+            ) from error
+        result[name] = {rank: override(piece, names, mesh, placements, rank, shape) for rank, piece in free.items()}
+    if unused:
+        raise OptionError(
+            f"--placements: {listing(map(repr, sorted(unused)), shown=5)} decides on no tensor",
+            why="no name fits the pattern, or a pattern before it fits them all",
+            fix="the first pattern that fits a name holds; put the general ones last",
+        )
     return result
 
 

@@ -41,12 +41,11 @@ class MeshPiece:
 
 @dataclass(frozen=True, slots=True)
 class BoxPiece:
-    """A ShardedTensor: the global shape, the boxes that this rank holds, and those that all ranks hold."""
+    """A ShardedTensor: the global shape, and the boxes that this rank holds."""
 
     shape: Shape
     dtype: DType
     held: tuple[tuple[Box, Stored], ...]
-    all_boxes: tuple[Box, ...]
 
 
 Piece = PlainPiece | MeshPiece | BoxPiece
@@ -68,7 +67,16 @@ def piece_of(value: Any, rank: int, where: str) -> Piece | None:
         raise UnsupportedCheckpointError(
             error.problem.what, where=where, why=error.problem.why, fix=error.problem.fix
         ) from error
-    except (TypeError, ValueError, KeyError, IndexError, AttributeError, RecursionError) as error:
+    except (
+        TypeError,
+        ValueError,
+        KeyError,
+        IndexError,
+        AttributeError,
+        RecursionError,
+        OverflowError,
+        MemoryError,
+    ) as error:
         raise CorruptFileError(
             f"the sharding of this tensor cannot be read: {error}",
             where=where,
@@ -155,7 +163,9 @@ def _size(size: Any) -> int:
 
 
 def _small_int_tensor(stored: Stored) -> list[int]:
-    """The values of a mesh's rank tensor: layout, not weights."""
+    """The values of a mesh's rank tensor: layout, not weights. Raises ValueError for one that is not contiguous."""
+    if not stored.is_contiguous:
+        raise ValueError("the mesh's ranks are a strided view")
     fd = os.open(stored.file, os.O_RDONLY)
     try:
         data = os.pread(fd, stored.nbytes, stored.offset)
@@ -174,8 +184,7 @@ def _box_piece(value: standins.ShardedTensor) -> BoxPiece:
     held = tuple((_metadata_box(shard.get("metadata")), shard.get("tensor")) for shard in shards)
     if not all(isinstance(stored, Stored) for _, stored in held):
         raise ValueError("a local shard without a tensor")
-    boxes = tuple(_metadata_box(entry) for entry in metadata.get("shards_metadata"))
-    return BoxPiece(tuple(map(int, shape)), value.get("dtype"), held, boxes)
+    return BoxPiece(tuple(map(int, shape)), value.get("dtype"), held)
 
 
 def _metadata_box(metadata: standins.ShardMetadata) -> Box:

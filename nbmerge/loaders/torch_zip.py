@@ -38,9 +38,9 @@ class TorchZip:
                 with zipfile.ZipFile(stream) as archive:
                     self._infos = {info.filename: info for info in archive.infolist()}
                     self._prefix = self._root()
-                    self.pickle = archive.read(f"{self._prefix}/data.pkl")
+                    self.pickle = archive.read(self._stored("data.pkl"))
                     order = f"{self._prefix}/byteorder"
-                    if order in self._infos and archive.read(order) != b"little":
+                    if order in self._infos and archive.read(self._stored("byteorder")) != b"little":
                         raise UnsupportedCheckpointError(
                             "the file holds big-endian numbers", where=str(path),
                             fix="save it again on a little-endian machine",
@@ -79,15 +79,19 @@ class TorchZip:
 
     def storage(self, key: str) -> Record:
         """The record that holds the storage `key` of the pickle."""
-        name = f"{self._prefix}/data/{key}"
-        info = self._infos.get(name)
-        if info is None:
+        if f"{self._prefix}/data/{key}" not in self._infos:
             raise self._cut_short(f"the pickle names storage {key!r}, which the archive does not hold")
+        info = self._stored(f"data/{key}")
+        return Record(self._data_offset(info), info.file_size)
+
+    def _stored(self, name: str) -> zipfile.ZipInfo:
+        """A record as torch writes it: not compressed, so that it cannot be larger than the file."""
+        info = self._infos[f"{self._prefix}/{name}"]
         if info.compress_type != zipfile.ZIP_STORED:
             raise UnsupportedCheckpointError(
-                f"record {name} is compressed", where=str(self.path), fix="save it with torch.save as it is"
+                f"record {info.filename} is compressed", where=str(self.path), fix="save it with torch.save as it is"
             )
-        return Record(self._data_offset(info), info.file_size)
+        return info
 
     def _data_offset(self, info: zipfile.ZipInfo) -> int:
         """Where the record's bytes begin: its local header is not as long as its directory entry says."""

@@ -21,7 +21,7 @@ from nbmerge.loaders.torch_zip import TorchZip
 
 
 class PickledTensor(Stored):
-    """A tensor as a pickle gave it. The pickle cannot change it afterwards: BUILD could name any file of the machine."""
+    """A tensor as a pickle gave it, which the pickle cannot change: BUILD could make it any file of the machine."""
 
     __slots__ = ()
 

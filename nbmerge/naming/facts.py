@@ -10,9 +10,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from nbmerge.dtypes import DType
 from nbmerge.errors import ConfigError
-from nbmerge.expressions import Expr
+from nbmerge.expressions import Expr, input_names
 from nbmerge.geometry import Shape
+
+_FP32_BYTES = 4
 
 
 @dataclass(frozen=True)
@@ -22,26 +25,34 @@ class ModelFacts:
     class_name: transformers' class; memory: shapes by in-memory name, tied copies included;
     published: by the name that `save_pretrained` writes, the expression over Inputs with in-memory names;
     tied: in-memory name that is not written → the one whose bytes it shares;
+    tied_on_hub: the same, with the names that both would have in a published checkpoint;
     buffers: in-memory names that the class never writes (non-persistent);
     ignored: patterns of published names that the class knows and does not load;
-    fp32: patterns of in-memory names that the class keeps in fp32.
+    fp32: patterns of in-memory names that the class keeps in fp32 beside 16-bit weights;
+    fp32_beside_fp16: further ones, which it keeps in fp32 beside float16 only.
     """
 
     class_name: str
     memory: Mapping[str, Shape]
     published: Mapping[str, Expr]
     tied: Mapping[str, str]
+    tied_on_hub: Mapping[str, str]
     buffers: frozenset[str]
     ignored: tuple[str, ...]
     fp32: tuple[str, ...]
+    fp32_beside_fp16: tuple[str, ...] = ()
 
     def is_ignored(self, name: str) -> bool:
         """Whether the class knows this published name and leaves it unloaded (multi-token prediction, say)."""
         return any(re.search(pattern, name) for pattern in self.ignored)
 
-    def stays_fp32(self, name: str) -> bool:
-        """Whether the class keeps this tensor in fp32, whatever the dtype of the rest."""
-        return any(re.search(rf"(^|\.){pattern}($|\.)", name) for pattern in self.fp32)
+    def is_kept_from(self, dtype: DType, name: str) -> bool:
+        """Whether the class keeps the tensor of this output name in fp32 where the rest is cast to `dtype`."""
+        if dtype.itemsize >= _FP32_BYTES:
+            return False
+        patterns = self.fp32 + (self.fp32_beside_fp16 if dtype.name == "float16" else ())
+        in_memory = input_names(self.published[name]) if name in self.published else []
+        return any(re.search(rf"(^|\.){pattern}($|\.)", each) for pattern in patterns for each in (name, *in_memory))
 
 
 @dataclass(frozen=True)
@@ -57,24 +68,37 @@ class ModelDirectory:
     tie_word_embedding: bool | None = None
 
     @cached_property
-    def config(self) -> dict[str, Any]:
-        """config.json as it is. Raises ConfigError where it is missing or is no JSON object."""
+    def config_bytes(self) -> bytes:
+        """config.json as it stands. Raises ConfigError where it is missing or may not be read."""
         path = self.config_dir / "config.json"
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError as error:
+            return path.read_bytes()
+        except OSError as error:
             raise ConfigError(
-                "there is no config.json", where=str(self.config_dir),
+                "there is no config.json" if isinstance(error, FileNotFoundError) else f"config.json: {error.strerror}",
+                where=str(self.config_dir),
                 fix="pass the directory of the model's config with --hf_model_config_path DIR",
-            ) from error  # fmt: skip
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ConfigError(f"config.json is no JSON: {error}", where=str(path)) from error
+            ) from error
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """The content of config.json. Raises ConfigError where it is missing or is no JSON object."""
+        try:
+            content = json.loads(self.config_bytes)
+            json.dumps(content, ensure_ascii=False).encode()  # a lone surrogate could not be written again
+        except ValueError as error:
+            content = str(error)
         if not isinstance(content, dict):
-            raise ConfigError("config.json holds no object", where=str(path))
+            raise ConfigError(
+                "config.json is no JSON object" + (f": {content}" if isinstance(content, str) else ""),
+                where=str(self.config_dir / "config.json"),
+                fix="copy it again from the model that was trained",
+            )
         return content
 
     @property
     def architecture(self) -> str | None:
         """The class that config.json names first."""
-        names = self.config.get("architectures") or [None]
-        return names[0] if isinstance(names[0], str) else None
+        names = self.config.get("architectures")
+        first = names[0] if isinstance(names, list) and names else names
+        return first if isinstance(first, str) else None

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from nbmerge.errors import ConfigError, listing
-from nbmerge.expressions import Expr, input_names
+from nbmerge.expressions import Expr, Input, input_names
 from nbmerge.naming.facts import ModelDirectory, ModelFacts
 from nbmerge.naming.recorder import Recorder
 
@@ -25,14 +25,17 @@ def model_facts(source: ModelDirectory) -> ModelFacts:
         model = _meta_model(source)
         state = {name: value for name, value in model.state_dict(keep_vars=True).items() if _is_tensor(value)}
         tied = _tied_names(model, state)
+        published, tied_on_hub = _published(model, state, tied)
         return ModelFacts(
             class_name=type(model).__name__,
             memory={name: tuple(value.shape) for name, value in state.items()},
-            published=_published(model, {name: t for name, t in state.items() if name not in tied}),
+            published=published,
             tied=tied,
+            tied_on_hub=tied_on_hub,
             buffers=frozenset(name for name, _ in model.named_buffers() if name not in state),
             ignored=tuple(sorted(model._keys_to_ignore_on_load_unexpected or ())),
             fp32=tuple(sorted({*(getattr(model, "_keep_in_fp32_modules_strict", None) or ()), *_ALWAYS_FP32})),
+            fp32_beside_fp16=tuple(sorted(getattr(model, "_keep_in_fp32_modules", None) or ())),
         )
 
 
@@ -85,30 +88,31 @@ def _model_class(source: ModelDirectory, config: Any) -> Any:
         return mapping[type(config)]
     architecture = source.architecture
     if source.trust_remote_code and getattr(config, "auto_map", None):
-        return _remote_class(source, config)
+        return _remote_class(source, config.auto_map)
     if architecture is None:
         mapping = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING
         if type(config) in mapping:
             return mapping[type(config)]
-    elif hasattr(transformers, architecture):
-        return getattr(transformers, architecture)
+    found = getattr(transformers, architecture or "", None)
+    if (
+        isinstance(found, type)
+        and issubclass(found, transformers.PreTrainedModel)
+        and found is not transformers.PreTrainedModel
+    ):
+        return found
     near = difflib.get_close_matches(architecture or "", dir(transformers), n=3)
     raise _unknown_class(source, near)
 
 
-def _remote_class(source: ModelDirectory, config: Any) -> Any:
+def _remote_class(source: ModelDirectory, auto_map: Mapping[str, Any]) -> Any:
     """The class that the checkpoint's own code defines; only with trust_remote_code."""
     from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-    for auto in (
-        "AutoModelForCausalLM",
-        "AutoModelForTokenClassification",
-        "AutoModelForImageTextToText",
-        "AutoModel",
-    ):
-        if auto in config.auto_map:
-            return get_class_from_dynamic_module(config.auto_map[auto], str(source.config_dir))
-    raise _unknown_class(source, [])
+    models = [entry for auto, entry in auto_map.items() if auto.startswith("AutoModel") and isinstance(entry, str)]
+    named = [entry for entry in models if entry.rpartition(".")[2] == source.architecture]
+    if not named and (source.architecture or not models):
+        raise _unknown_class(source, [entry.rpartition(".")[2] for entry in models])
+    return get_class_from_dynamic_module((named or models)[0], str(source.config_dir))
 
 
 def _tied_names(model: Any, state: Mapping[str, torch.Tensor]) -> dict[str, str]:
@@ -125,24 +129,31 @@ def _tied_names(model: Any, state: Mapping[str, torch.Tensor]) -> dict[str, str]
     return tied
 
 
-def _published(model: Any, state: Mapping[str, torch.Tensor]) -> dict[str, Expr]:
-    """What `save_pretrained` writes, as expressions over the in-memory tensors.
+def _published(
+    model: Any, state: Mapping[str, torch.Tensor], tied: Mapping[str, str]
+) -> tuple[dict[str, Expr], dict[str, str]]:
+    """What `save_pretrained` writes, as expressions over the in-memory tensors, and `tied` in published names."""
+    ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_save or ()]
+    kept = {name: tensor for name, tensor in state.items() if name not in tied}
+    saved = {name: t for name, t in kept.items() if not any(pattern.search(name) for pattern in ignored)}
+    published = _in_model_order(_reverted(model, saved), list(state))
+    names = {rule.name: name for name, rule in published.items() if isinstance(rule, Input)}
+    aliases = {alias: next(iter(_reverted(model, {alias: state[alias]}))) for alias in tied}
+    return published, {aliases[alias]: names.get(name, name) for alias, name in tied.items()}
+
+
+def _reverted(model: Any, state: Mapping[str, torch.Tensor]) -> dict[str, Expr]:
+    """The published tensors of these in-memory ones.
 
     transformers' own reverse conversion (core_model_loading.revert_weight_conversion) runs on meta tensors
     while a recorder writes down which parts of which tensors it takes.
     """
     from transformers.core_model_loading import revert_weight_conversion
 
-    ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_save or ()]
     with Recorder() as recorder:
-        inputs = {
-            name: recorder.input(name, tuple(tensor.shape), tensor.dtype)
-            for name, tensor in state.items()
-            if not any(pattern.search(name) for pattern in ignored)
-        }
+        inputs = {name: recorder.input(name, tuple(tensor.shape), tensor.dtype) for name, tensor in state.items()}
         converted = revert_weight_conversion(model, inputs)
-        made = {name: recorder.expr(tensor) for name, tensor in converted.items()}
-    return _in_model_order(made, list(state))
+        return {name: recorder.expr(tensor) for name, tensor in converted.items()}
 
 
 def _in_model_order(made: dict[str, Expr], order: list[str]) -> dict[str, Expr]:

@@ -25,11 +25,13 @@ class HFModel(ModelDirectory):
 
     def expected_shape(self, name: str) -> Shape | None:
         """The global shape of a tensor by its in-memory or published name, wrappers' prefixes allowed."""
-        name = strip_wrappers(name)
         facts = self.facts
-        if name in facts.memory:
-            return facts.memory[name]
-        return facts.published[name].shape if name in facts.published else None
+        for each in (name, strip_wrappers(name)):
+            if each in facts.memory:
+                return facts.memory[each]
+            if each in facts.published:
+                return facts.published[each].shape
+        return None
 
 
 def auto_class_name(architecture: str, *, is_value_model: bool = False) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 
 from nbmerge.errors import Problem
 
@@ -18,11 +18,14 @@ def strip_wrappers(name: str) -> str:
     return _OUTER.sub("", _INNER.sub("", name))
 
 
-def stripped_names(names: Iterable[str]) -> tuple[dict[str, str], list[Problem]]:
-    """Every name with its wrappers' prefixes off, as new → old, and the names that would then collide."""
+def stripped_names(names: Iterable[str], known: Container[str] = ()) -> tuple[dict[str, str], list[Problem]]:
+    """Every name with its wrappers' prefixes off, as new → old, and the names that would then collide.
+
+    A name that the model knows stays as it is: a model may have a part called `module` of its own.
+    """
     olds: dict[str, list[str]] = {}
     for name in names:
-        olds.setdefault(strip_wrappers(name), []).append(name)
+        olds.setdefault(name if name in known else strip_wrappers(name), []).append(name)
     problems = [
         Problem(
             f"{' and '.join(same)} are both {new} without the prefixes of training wrappers",

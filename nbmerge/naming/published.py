@@ -9,9 +9,10 @@ from dataclasses import dataclass, field
 
 from nbmerge import expressions as ex
 from nbmerge.errors import Problem
-from nbmerge.expressions import Expr, Input, Paste, Permute, Reshape, Slice
-from nbmerge.geometry import Box, Shape
+from nbmerge.expressions import Expr, Input
+from nbmerge.geometry import Shape
 from nbmerge.naming.facts import ModelFacts
+from nbmerge.naming.inverse import inverted
 from nbmerge.naming.prefixes import stripped_names
 
 HUB, TRANSFORMERS = "hub", "transformers"
@@ -61,6 +62,7 @@ class Named:
 class _Naming:
     facts: ModelFacts
     sources: dict[str, Expr]
+    tied: Mapping[str, str]  # name that is not written → the one that is, both in the dialect of the sources
     drops: list[Drop] = field(default_factory=list)
     ties: list[Tie] = field(default_factory=list)
     unloaded: list[str] = field(default_factory=list)
@@ -72,8 +74,9 @@ def name_tensors(tensors: Mapping[str, Expr], facts: ModelFacts, target: str = H
 
     target: `hub` for the names that `save_pretrained` writes, `transformers` for those in memory.
     """
-    olds, collisions = stripped_names(tensors)
-    adapters = [name for name in olds if _LORA.search(name)]
+    known = {*facts.memory, *facts.published, *facts.tied_on_hub}
+    olds, collisions = stripped_names(tensors, known)
+    adapters = [name for name in olds if name not in known and _LORA.search(name)]
     if adapters:
         problem = Problem(
             f"the checkpoint holds LoRA tensors, {adapters[0]} for one",
@@ -82,16 +85,18 @@ def name_tensors(tensors: Mapping[str, Expr], facts: ModelFacts, target: str = H
             kind="unsupported",
         )
         return Named({}, {}, HUB, problems=(*collisions, problem))
-    work = _Naming(facts, {new: tensors[old] for new, old in olds.items()}, problems=collisions)
+    sources = {new: tensors[old] for new, old in olds.items()}
     hub_shapes = {name: expr.shape for name, expr in facts.published.items()}
-    dialect = _dialect(work.sources, facts)
+    dialect = _dialect(sources, facts)
+    work = _Naming(facts, sources, facts.tied if dialect == TRANSFORMERS else facts.tied_on_hub, problems=collisions)
+    rules: Mapping[str, Expr]
     if dialect == TRANSFORMERS:
         written = {name: shape for name, shape in facts.memory.items() if name not in facts.tied}
         rules = facts.published if target == HUB else _unchanged(written)
         outputs = _apply(work, rules, written)
         expected = hub_shapes if target == HUB else written
     else:
-        rules = _unchanged(hub_shapes) if target == HUB else inverted(facts.published)
+        rules = _unchanged(hub_shapes) if target == HUB else _inverted(work)
         outputs = _apply(work, rules, hub_shapes)
         expected = {name: rule.shape for name, rule in rules.items()}
     renamed = sum(not isinstance(rule, Input) or rule.name != name for name, rule in rules.items())
@@ -102,10 +107,31 @@ def name_tensors(tensors: Mapping[str, Expr], facts: ModelFacts, target: str = H
 
 
 def _dialect(sources: Mapping[str, Expr], facts: ModelFacts) -> str:
-    """Whether the names are those in memory or those on the hub: whichever knows more of them."""
-    in_memory = sum(name in facts.memory for name in sources)
-    on_hub = sum(name in facts.published or name in facts.tied for name in sources)
+    """Whether the names are those in memory or those on the hub: whichever fits more of them, shapes included.
+
+    Shapes decide where a family keeps its names and turns its tensors (experts of Qwen3-VL-MoE).
+    """
+    in_memory = sum(facts.memory.get(name) == source.shape for name, source in sources.items())
+    on_hub = sum(
+        name in facts.tied_on_hub or (name in facts.published and facts.published[name].shape == source.shape)
+        for name, source in sources.items()
+    )
     return HUB if on_hub > in_memory else TRANSFORMERS
+
+
+def _inverted(work: _Naming) -> dict[str, Expr]:
+    try:
+        return inverted(work.facts.published)
+    except ValueError as error:
+        work.problems.append(
+            Problem(
+                f"{work.facts.class_name}'s published tensors cannot be turned into those in memory: {error}",
+                why="the checkpoint holds published names, and this family's conversion is more than views",
+                fix="leave dialect out (--dialect hub)",
+                kind="unsupported",
+            )
+        )
+        return {}
 
 
 def _unchanged(shapes: Mapping[str, Shape]) -> dict[str, Expr]:
@@ -152,7 +178,7 @@ def _inputs(work: _Naming, wanted: Mapping[str, Shape]) -> dict[str, Expr]:
                 inputs[name] = source
             else:
                 work.problems.append(_shape_problem(name, source.shape, wanted[name], work.facts))
-        elif name in work.facts.tied:
+        elif name in work.tied:
             continue
         elif name in work.facts.buffers or _LEFTOVERS.search(name):
             work.drops.append(Drop(name, "a buffer that the model computes when it is loaded"))
@@ -163,7 +189,7 @@ def _inputs(work: _Naming, wanted: Mapping[str, Shape]) -> dict[str, Expr]:
     work.problems += [
         _stray_problem(work, name, wanted if number < _NEAREST_SOUGHT else ()) for number, name in enumerate(strays)
     ]
-    _tie(work, inputs)
+    _tie(work, inputs, wanted)
     return inputs
 
 
@@ -177,12 +203,23 @@ def _stray_problem(work: _Naming, name: str, candidates: Iterable[str]) -> Probl
     )
 
 
-def _tie(work: _Naming, inputs: dict[str, Expr]) -> None:
-    for name, kept in work.facts.tied.items():
+def _tie(work: _Naming, inputs: dict[str, Expr], wanted: Mapping[str, Shape]) -> None:
+    for name, kept in work.tied.items():
         source, kept_source = work.sources.get(name), inputs.get(kept)
-        if kept_source is None and source is not None:
+        if source is not None and source.shape != wanted.get(kept, source.shape):
+            work.problems.append(_shape_problem(name, source.shape, wanted[kept], work.facts))
+        elif source is not None and kept_source is None:
             inputs[kept] = source  # some wrappers save a shared parameter under its other name only
             kept_source = source
+        elif source is not None and kept_source is not None and source.dtype != kept_source.dtype:
+            work.problems.append(
+                Problem(
+                    f"{name} is tied to {kept}, and is {source.dtype} where that is {kept_source.dtype}",
+                    why="config.json ties the two, but they are not stored as one tensor; writing one loses the other",
+                    fix="set tie_word_embeddings to false in the config, and merge again",
+                    kind="contradiction",
+                )
+            )
         work.ties.append(Tie(name, kept, source, kept_source))
 
 
@@ -194,41 +231,3 @@ def _shape_problem(name: str, got: Shape, want: Shape, facts: ModelFacts) -> Pro
         fix="pass the config that training used: --hf_model_config_path DIR",
         kind="contradiction",
     )
-
-
-def inverted(published: Mapping[str, Expr]) -> dict[str, Expr]:
-    """The rules the other way: every in-memory tensor as an expression over published ones.
-
-    Raises ValueError for a rule that is more than views of one tensor.
-    """
-    parts: dict[str, list[tuple[Shape, Expr]]] = {}
-    wholes: dict[str, Input] = {}
-    for name, rule in published.items():
-        box, part, source = _inverse(rule, Input(name, rule.shape, rule.dtype))
-        wholes[source.name] = source
-        parts.setdefault(source.name, []).append((box.offset, part))
-    result: dict[str, Expr] = {}
-    for name, whole in wholes.items():
-        placed = sorted(parts[name], key=lambda item: item[0])
-        single = len(placed) == 1 and placed[0][1].shape == whole.shape
-        result[name] = placed[0][1] if single else Paste(whole.shape, whole.dtype, tuple(placed))
-    return result
-
-
-def _inverse(rule: Expr, made: Expr) -> tuple[Box, Expr, Input]:
-    """Where in its Input the rule's tensor lies, and the tensor in the Input's own layout."""
-    box: Box | None = None
-    while not isinstance(rule, Input):
-        if isinstance(rule, Permute):
-            back = tuple(rule.dims.index(dim) for dim in range(len(rule.dims)))
-            made = ex.permute(made, back)
-            if box is not None:
-                box = Box(tuple(box.offset[d] for d in back), tuple(box.shape[d] for d in back))
-        elif isinstance(rule, Slice) and box is None:
-            box = rule.box
-        elif isinstance(rule, Reshape) and box is None:
-            made = ex.reshape(made, rule.source.shape)
-        else:
-            raise ValueError(f"a {type(rule).__name__} cannot be undone")
-        rule = rule.sources[0]
-    return box or Box.whole(rule.shape), made, rule

@@ -90,6 +90,7 @@ def plan(source: Checkpoint | None = None, **changes: Any) -> MergePlan:
     made = MergePlan(
         checkpoint=source,
         options=MergeOptions(),
+        config_dir=source.path,
         model_class="Qwen2ForCausalLM",
         dialect="transformers",
         files=(OutputFile("model.safetensors", b"x" * 1_232, outputs),),

@@ -18,6 +18,7 @@ from nbmerge.engine.sources import LocalFiles
 from nbmerge.expressions import Cast, Fill, Paste, Stored, permute
 from nbmerge.geometry import contiguous_strides
 from tests.support.messages import assert_says, refusal
+from tests.support.results import open_files
 
 DATA = bytes(range(256)) * 64
 
@@ -133,7 +134,7 @@ class TestJobs:
 class TestOpenFiles:
     def test_many_files_do_not_stay_open(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         monkeypatch.setattr(sources, "_MAX_OPEN", 3)
-        before = len(os.listdir("/proc/self/fd"))
+        before = open_files()
         with LocalFiles() as opened:
             for i in range(20):
                 path = tmp_path / str(i)
@@ -141,8 +142,8 @@ class TestOpenFiles:
                 buffer = np.empty(4, np.uint8)
                 opened.read_into(str(path), 0, buffer)
                 assert buffer.tolist() == [i] * 4
-                assert len(os.listdir("/proc/self/fd")) <= before + 4
-        assert len(os.listdir("/proc/self/fd")) == before
+                assert open_files() <= before + 4
+        assert open_files() == before
 
     def test_a_file_in_use_is_not_closed_by_other_threads(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         monkeypatch.setattr(sources, "_MAX_OPEN", 2)

@@ -192,4 +192,6 @@ class TestBuilders:
 
     def test_know_a_copy_from_a_computation(self):
         assert ex.is_copy(ex.Fill(0, (2,), BY_NAME["float32"]))
-        assert not ex.is_copy(ex.cat([ex.Fill(0, (2,), BY_NAME["float32"]), ex.Cast(self.source, BY_NAME["bfloat16"])], 0))
+        assert not ex.is_copy(
+            ex.cat([ex.Fill(0, (2,), BY_NAME["float32"]), ex.Cast(self.source, BY_NAME["bfloat16"])], 0)
+        )

@@ -54,7 +54,9 @@ def test_the_safetensors_library_reads_what_is_laid_out(tmp_path_factory: pytest
 def test_every_element_type_is_known_to_the_library_under_the_same_code(tmp_path: Path):
     for dtype in BY_NAME.values():
         path = tmp_path / "one.safetensors"
-        save_file({"t": torch.zeros(2, dtype=torch.uint8).repeat(dtype.itemsize).view(getattr(torch, dtype.name))}, path)
+        save_file(
+            {"t": torch.zeros(2, dtype=torch.uint8).repeat(dtype.itemsize).view(getattr(torch, dtype.name))}, path
+        )
         assert read_header(path)["t"].dtype == dtype
         assert BY_CODE[dtype.code] == dtype == parse_dtype(f"torch.{dtype.name}") == parse_dtype(dtype.code)
         assert getattr(torch, dtype.name).itemsize == dtype.itemsize
@@ -75,7 +77,9 @@ def test_data_begins_at_a_multiple_of_8_and_every_tensor_at_a_multiple_of_its_el
     assert [t.offset for t in file.tensors] == ends[:-1] and ends[-1] == file.data_bytes
 
 
-@given(named=st.dictionaries(st.text("abc.é", min_size=1, max_size=5), st.sampled_from(["float32", "bfloat16", "bool"])))
+@given(
+    named=st.dictionaries(st.text("abc.é", min_size=1, max_size=5), st.sampled_from(["float32", "bfloat16", "bool"]))
+)
 def test_tensors_lie_in_the_order_of_the_safetensors_library(named):
     theirs = save({name: torch.zeros(3, dtype=getattr(torch, dtype)) for name, dtype in named.items()})
     header = json.loads(theirs[8 : 8 + int.from_bytes(theirs[:8], "little")])
@@ -145,14 +149,20 @@ class TestAFileThatIsNotWhole:
     @pytest.mark.parametrize(
         "entry",
         [
-            None, [], "x", {}, {"dtype": "F32", "shape": [4, 3]}, {"dtype": "F77", "shape": [4, 3], "data_offsets": [0, 48]},
-            {"dtype": "F32", "shape": 12, "data_offsets": [0, 48]}, {"dtype": "F32", "shape": [4, 3], "data_offsets": [0]},
+            None,
+            [],
+            "x",
+            {},
+            {"dtype": "F32", "shape": [4, 3]},
+            {"dtype": "F77", "shape": [4, 3], "data_offsets": [0, 48]},
+            {"dtype": "F32", "shape": 12, "data_offsets": [0, 48]},
+            {"dtype": "F32", "shape": [4, 3], "data_offsets": [0]},
             {"dtype": "F32", "shape": [4, 3], "data_offsets": ["0", "48"]},
             {"dtype": "F32", "shape": ["4", 3], "data_offsets": [0, 48]},
             {"dtype": "F32", "shape": [-4, -3], "data_offsets": [0, 48]},
         ],
         ids=str,
-    )  # fmt: skip
+    )
     def test_is_refused_with_an_entry_that_is_none(self, path: Path, entry: object):
         assert_says(self.with_header(path, lambda h: h.update(w=entry)), str(path), "fix:")
 
@@ -165,7 +175,9 @@ class TestAFileThatIsNotWhole:
     def test_is_refused_with_an_overlong_header_before_that_is_read(self, path: Path, length: int):
         data = path.read_bytes()
         path.write_bytes(length.to_bytes(8, "little") + data[8:])
-        assert_says(refusal(CorruptFileError, read_header, path), f"a header of {length:,} bytes in a file of {len(data):,}")
+        assert_says(
+            refusal(CorruptFileError, read_header, path), f"a header of {length:,} bytes in a file of {len(data):,}"
+        )
 
     @staticmethod
     def with_header(path: Path, change) -> str:

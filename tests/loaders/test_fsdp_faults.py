@@ -31,6 +31,7 @@ from tests.support.worlds import (
     write_sharded_tensor_world,
 )
 
+
 def nested(depth: int) -> object:
     """((((2,),),),)."""
     return b"raw:" + pickle.BININT1 + b"\2" + pickle.TUPLE1 * depth
@@ -74,7 +75,9 @@ class TestFilesOfTheRanks:
     def test_a_rank_beyond_the_world_size(self, tmp_path: Path):
         write_mesh_world(tmp_path, TENSORS, (2,))
         shutil.copy(rank_file(tmp_path, 2, 0), rank_file(tmp_path, 2, 2))
-        assert_says(refusal(InconsistentCheckpointError, open_checkpoint, tmp_path), "world size 2", "rank_2.pt", "fix:")
+        assert_says(
+            refusal(InconsistentCheckpointError, open_checkpoint, tmp_path), "world size 2", "rank_2.pt", "fix:"
+        )
 
     def test_another_spelling_of_a_rank_does_not_take_its_place(self, tmp_path: Path):
         write_mesh_world(tmp_path, TENSORS, (2,))
@@ -87,9 +90,7 @@ class TestFilesOfTheRanks:
         path = rank_file(tmp_path, 2, 1)
         data = path.read_bytes()
         path.write_bytes(data[: int(len(data) * keep) if isinstance(keep, float) else keep])
-        message = refusal(
-            UnsupportedCheckpointError if keep == 1 else CorruptFileError, open_checkpoint, tmp_path
-        )
+        message = refusal(UnsupportedCheckpointError if keep == 1 else CorruptFileError, open_checkpoint, tmp_path)
         assert_says(message, path.name, "where:", "why:", "fix:", "copy it again")
 
     def test_a_directory_in_the_place_of_a_file(self, tmp_path: Path):
@@ -115,7 +116,9 @@ class TestFsdpConfig:
     def test_what_is_no_config_is_named(self, tmp_path: Path, content: bytes):
         write_mesh_world(tmp_path, TENSORS, (2,))
         (tmp_path / "fsdp_config.json").write_bytes(content)
-        assert_says(refusal(CheckpointError, open_checkpoint, tmp_path), "fsdp_config.json", "where:", "fix:", "delete it")
+        assert_says(
+            refusal(CheckpointError, open_checkpoint, tmp_path), "fsdp_config.json", "where:", "fix:", "delete it"
+        )
 
     def test_a_config_that_says_nothing_is_no_fault(self, tmp_path: Path):
         write_mesh_world(tmp_path, TENSORS, (2,))
@@ -152,7 +155,9 @@ class TestRanksThatDisagree:
         write_mesh_world(tmp_path / "b", TENSORS, (2,), place=lambda *_: [Replicate()])
         shutil.copy(rank_file(tmp_path / "b", 2, 1), rank_file(tmp_path / "a", 2, 1))
         message = refusal(InconsistentCheckpointError, open_checkpoint, tmp_path / "a")
-        assert_says(message, "placement of layer.weight", "Shard(0) on (2,)", "Replicate on (2,)", "placement of layer.bias")
+        assert_says(
+            message, "placement of layer.weight", "Shard(0) on (2,)", "Replicate on (2,)", "placement of layer.bias"
+        )
 
     def test_on_what_a_tensor_is(self, tmp_path: Path):
         write_mesh_world(tmp_path, TENSORS, (2,))
@@ -171,7 +176,9 @@ class TestRanksThatDisagree:
         write_sharded_tensor_world(tmp_path, TENSORS, 2)
         shutil.copy(rank_file(tmp_path, 2, 0), rank_file(tmp_path, 2, 1))
         message = refusal(IncompleteCheckpointError, open_checkpoint, tmp_path)
-        assert_says(message, "the pieces of layer.weight do not make up [7, 3]", "9 of 21 elements lie in no piece", "fix:")
+        assert_says(
+            message, "the pieces of layer.weight do not make up [7, 3]", "9 of 21 elements lie in no piece", "fix:"
+        )
 
     def test_a_piece_of_another_size_than_its_placement_gives(self, tmp_path: Path):
         from torch.distributed.device_mesh import init_device_mesh
@@ -186,9 +193,12 @@ class TestRanksThatDisagree:
                 torch.save({"w": piece}, rank_file(tmp_path, 2, rank))
         message = refusal(InconsistentCheckpointError, open_checkpoint, tmp_path)
         assert_says(
-            message, "w: rank 1 holds [2, 3] where its placements put [3, 3]", "global shape [7, 3], mesh (2,), at (1,)",
-            "Shard(0)", "--mesh_shape and --placements",
-        )  # fmt: skip
+            message,
+            "w: rank 1 holds [2, 3] where its placements put [3, 3]",
+            "global shape [7, 3], mesh (2,), at (1,)",
+            "Shard(0)",
+            "--mesh_shape and --placements",
+        )
 
     @pytest.mark.filterwarnings("ignore::FutureWarning")
     def test_a_sharded_tensor_of_which_a_rank_is_not_of_this_save(self, tmp_path: Path):
@@ -247,7 +257,9 @@ class TestPlainTensorsWithoutEvidence:
 def test_flat_parameters_are_refused_with_the_setting_that_would_have_helped(tmp_path: Path, name: str):
     write_ranks(tmp_path, [{name: torch.ones(12)}, {name: torch.ones(12)}], version=1)
     message = refusal(UnsupportedCheckpointError, open_checkpoint, tmp_path)
-    assert_says(message, "1 flat parameter", name, "LOCAL_STATE_DICT", "without the names and shapes", "SHARDED_STATE_DICT")
+    assert_says(
+        message, "1 flat parameter", name, "LOCAL_STATE_DICT", "without the names and shapes", "SHARDED_STATE_DICT"
+    )
 
 
 NONSENSE: dict[str, dict[str, object]] = {

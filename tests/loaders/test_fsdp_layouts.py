@@ -45,7 +45,7 @@ def assert_opens_as(directory: Path, tensors: dict[str, torch.Tensor], **options
     return ckpt
 
 
-@pytest.mark.parametrize("world_size", [2, 3, 8])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 8])
 def test_dtensors_on_one_dimension_come_back_bit_by_bit_with_uneven_and_empty_shards(tmp_path: Path, world_size: int):
     ckpt = assert_opens_as(write_mesh_world(tmp_path, TENSORS, (world_size,)), TENSORS)
     assert (ckpt.backend, ckpt.world_size) == ("fsdp", world_size)
@@ -92,10 +92,37 @@ def test_any_placements_on_any_mesh_come_back_bit_by_bit(tmp_path_factory: pytes
     for name in "ab":
         shape = data.draw(shapes)
         one = st.one_of(st.just(Replicate()), st.integers(0, len(shape) - 1).map(Shard))
-        tensors[name], placed[name] = torch.randn(shape), data.draw(st.lists(one, min_size=len(mesh), max_size=len(mesh)))
+        tensors[name], placed[name] = (
+            torch.randn(shape),
+            data.draw(st.lists(one, min_size=len(mesh), max_size=len(mesh))),
+        )
     names = tuple(f"d{i}" for i in range(len(mesh)))
     directory = tmp_path_factory.mktemp("mesh")
     assert_opens_as(write_mesh_world(directory, tensors, mesh, names, lambda name, _: placed[name]), tensors)
+
+
+@pytest.mark.parametrize("cuts", [(1, 0), (0, 1)])
+def test_an_order_of_cuts_that_the_tensor_states_holds(tmp_path: Path, cuts: tuple[int, int]):
+    """7 rows on 2 by 2 ranks: which mesh dimension cuts first decides who holds the short piece."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor, Shard
+    from torch.distributed.tensor._dtensor_spec import DTensorSpec, ShardOrderEntry, TensorMeta
+
+    whole = torch.randn(7, 3)
+    for rank in range(4):
+        coordinate = divmod(rank, 2)
+        local = whole
+        for mesh_dim in cuts:
+            local = local.chunk(2)[coordinate[mesh_dim]]
+        with rank_of(rank, 4):
+            mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("a", "b"))
+            meta = TensorMeta(whole.shape, whole.stride(), whole.dtype)
+            order = (ShardOrderEntry(tensor_dim=0, mesh_dims=cuts),)
+            spec = DTensorSpec(
+                mesh, (Shard(0), Shard(0)), meta, shard_order=order, use_strided_shard_as_shard_order=False
+            )
+            torch.save({"w": DTensor(local.clone(), spec, requires_grad=False)}, rank_file(tmp_path, 4, rank))
+    assert_opens_as(tmp_path, {"w": whole})
 
 
 class TestFSDP2OverTensorParallel:

@@ -16,7 +16,7 @@ from nbmerge.overrides import read_placements
 from tests.support.messages import assert_says, refusal
 from tests.support.models import memory_state, write_config
 from tests.support.results import assert_same, bits, bits_of, receipt_of, saved_bits
-from tests.support.worlds import row_shards, write_mesh_world, write_ranks
+from tests.support.worlds import row_shards, write_mesh_world, write_ranks, write_sharded_tensor_world
 
 WHOLE = {"a.weight": torch.randn(7, 4), "b.weight": torch.randn(3, 6), "norm": torch.randn(5)}
 
@@ -26,18 +26,16 @@ def columns(tensor: torch.Tensor, parts: int) -> list[torch.Tensor]:
 
 
 def two_by_two(directory: Path) -> Path:
-    """Plain tensors: `a` in rows by the first mesh dimension and columns by the second, `b` in columns, `norm` whole."""
-    states = []
-    for row in range(2):
-        for column in range(2):
-            states.append(
-                {
-                    "a.weight": columns(WHOLE["a.weight"].chunk(2)[row], 2)[column],
-                    "b.weight": columns(WHOLE["b.weight"], 2)[column],
-                    "norm": WHOLE["norm"].clone(),
-                }
-            )
-    return write_ranks(directory, states)
+    """`a` in rows by the first mesh dimension, in columns by the second; `b` in columns; `norm` not."""
+
+    def rank(row: int, column: int) -> dict[str, torch.Tensor]:
+        return {
+            "a.weight": columns(WHOLE["a.weight"].chunk(2)[row], 2)[column],
+            "b.weight": columns(WHOLE["b.weight"], 2)[column],
+            "norm": WHOLE["norm"].clone(),
+        }
+
+    return write_ranks(directory, [rank(row, column) for row in range(2) for column in range(2)])
 
 
 PLACEMENTS = {"a.*": ["Shard(0)", "Shard(1)"], "b.*": ["Replicate", "Shard(dim=1)"], "*": ["Replicate()", "Replicate"]}
@@ -74,7 +72,9 @@ def test_the_other_pieces_stay_as_their_files_say(tmp_path: Path):
 
 def test_wrong_placements_are_refused_by_the_pieces(tmp_path: Path):
     write_mesh_world(tmp_path, WHOLE, (2,))
-    message = refusal(InconsistentCheckpointError, open_checkpoint, tmp_path, mesh_shape="2", placements={"*": "Shard(1)"})
+    message = refusal(
+        InconsistentCheckpointError, open_checkpoint, tmp_path, mesh_shape="2", placements={"*": "Shard(1)"}
+    )
     assert_says(message, "a.weight: rank 0 holds [4, 4] where its placements put [7, 2]", "--placements")
 
 
@@ -120,6 +120,23 @@ class TestRefusedOptions:
     def test_placements_without_a_mesh(self, ckpt: Path):
         message = refusal(OptionError, open_checkpoint, ckpt, placements={"*": ["Shard(0)"]})
         assert_says(message, "--placements needs --mesh_shape", "--mesh_shape 2")
+
+    def test_a_mesh_without_placements(self, ckpt: Path):
+        message = refusal(OptionError, open_checkpoint, ckpt, mesh_shape="2")
+        assert_says(message, "--mesh_shape needs --placements", "fix:")
+        message = refusal(OptionError, open_checkpoint, ckpt, mesh_dim_names="a")
+        assert_says(message, "--mesh_dim_names needs --mesh_shape")
+
+    def test_a_pattern_that_decides_on_nothing(self, ckpt: Path):
+        for placements in ({"a.wieght": "Shard(0)"}, {"*": "Shard(0)", "norm": "Replicate"}):
+            message = refusal(OptionError, open_checkpoint, ckpt, mesh_shape="2", placements=placements)
+            assert_says(message, repr(list(placements)[-1]), "decides on no tensor", "the general ones last")
+
+    @pytest.mark.filterwarnings("ignore::FutureWarning")
+    def test_a_tensor_whose_file_says_of_each_piece_where_it_lies(self, tmp_path: Path):
+        ckpt = write_sharded_tensor_world(tmp_path / "sharded", WHOLE, 2)
+        message = refusal(OptionError, open_checkpoint, ckpt, mesh_shape="2", placements={"a*": "Shard(0)"})
+        assert_says(message, "--placements names a.weight, a ShardedTensor", "fix:")
 
     def test_as_many_names_as_dimensions(self, ckpt: Path):
         message = refusal(OptionError, open_checkpoint, ckpt, mesh_shape="2", mesh_dim_names="a,b")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copyreg
-import os
 import pickle
 import zipfile
 from collections import OrderedDict
@@ -34,7 +33,7 @@ from tests.support.pickles import (
     with_pickle,
     write_archive,
 )
-from tests.support.results import bits, bits_of
+from tests.support.results import bits, bits_of, open_files
 from tests.support.worlds import rank_file, write_mesh_world, write_ranks, write_sharded_tensor_world
 
 
@@ -335,7 +334,7 @@ class TestFilesThatAreNoneOfTorchSave:
     def test_compressed_storages(self, tmp_path: Path):
         path = write_archive(tmp_path / "f.pt", {"w": tensor()}, compression=zipfile.ZIP_DEFLATED)
         message = refusal(UnsupportedCheckpointError, load_torch_file, path)
-        assert_says(message, "archive/data/0 is compressed", str(path), "fix:")
+        assert_says(message, "data.pkl is compressed", str(path), "fix:")
 
     def test_big_endian_numbers(self, tmp_path: Path):
         path = write_archive(tmp_path / "f.pt", {"w": tensor()}, byteorder=b"big")
@@ -443,8 +442,8 @@ def test_a_pickle_with_changed_bytes_makes_a_checkpoint_or_a_message(
 
 def test_files_are_closed(tmp_path: Path):
     torch.save({"w": torch.ones(3)}, tmp_path / "f.pt")
-    before = len(os.listdir("/proc/self/fd"))
+    before = open_files()
     load_torch_file(tmp_path / "f.pt")
     write_archive(tmp_path / "g.pt", {"x": Global("os", "system")})
     refusal(UnsafePickleError, load_torch_file, tmp_path / "g.pt")
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert open_files() == before

@@ -107,6 +107,24 @@ class TestTiedWeights:
         )  # fmt: skip
         assert not (tmp_path / "out").exists()
 
+    @pytest.mark.parametrize("missing", [False, True], ids=["both stored", "only one stored"])
+    def test_of_another_shape_are_not_lost_silently(self, tmp_path: Path, missing: bool):
+        state = memory_state("qwen2_tied")
+        state["lm_head.weight"] = state["lm_head.weight"][:5]
+        if missing:
+            del state["model.embed_tokens.weight"]
+        write_model_world(tmp_path / "ckpt", "qwen2_tied", state=state)
+        message = refusal(PlanError, nbmerge.merge, tmp_path / "ckpt", tmp_path / "out")
+        assert_says(message, "lm_head.weight has shape [5, 16]", "has [37, 16]", "fix:")
+
+    def test_of_another_dtype_are_not_lost_silently(self, tmp_path: Path):
+        state = memory_state("qwen2_tied", "bfloat16")
+        state["lm_head.weight"] = state["lm_head.weight"].float() + 1
+        write_model_world(tmp_path / "ckpt", "qwen2_tied", state=state)
+        message = refusal(PlanError, nbmerge.merge, tmp_path / "ckpt", tmp_path / "out")
+        assert_says(message, "lm_head.weight is tied to model.embed_tokens.weight", "float32 where that is bfloat16",
+                    "tie_word_embeddings")  # fmt: skip
+
     def test_that_differ_are_both_written_when_the_config_says_untied(self, tmp_path: Path):
         state = memory_state("qwen2_tied")
         state["lm_head.weight"][3, 2] += 1
@@ -241,7 +259,7 @@ class TestConfigs:
         """18,000 experts' names compared with 18,000 others would take hours."""
         float32 = BY_NAME["float32"]
         ours = {f"model.layers.{i}.self_attn.q_proj.weight": (2, 2) for i in range(2000)}
-        facts = ModelFacts("X", ours, {n: Input(n, s, float32) for n, s in ours.items()}, {}, frozenset(), (), ())
+        facts = ModelFacts("X", ours, {n: Input(n, s, float32) for n, s in ours.items()}, {}, {}, frozenset(), (), ())
         theirs = {f"transformer.h.{i}.attn.c_attn.weight": Input("x", (2, 2), float32) for i in range(2000)}
         start = time.monotonic()
         named = name_tensors(theirs, facts)
@@ -288,17 +306,23 @@ class TestConfigs:
         [
             (b"", ["config.json is no JSON"]),
             (b"\xff\xfe{", ["config.json is no JSON"]),
-            (b"[1]", ["holds no object"]),
+            (b"[1]", ["is no JSON object"]),
             (b"{}", ["config.json"]),
             (b'{"model_type": "llama"}', None),
             (b'{"model_type": "no_such_type", "architectures": ["NoSuchModel"]}', ["no_such_type"]),
-            (b'{"model_type": "llama", "architectures": ["LlamaForCausalLN"]}', ["LlamaForCausalLN", "LlamaForCausalLM"]),
-            (b'{"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": "wide"}', ["no model can be made"]),
+            (
+                b'{"model_type": "llama", "architectures": ["LlamaForCausalLN"]}',
+                ["LlamaForCausalLN", "LlamaForCausalLM"],
+            ),
+            (
+                b'{"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": "wide"}',
+                ["no model can be made"],
+            ),
             (b'{"model_type": "llama", "architectures": ["AdamW"]}', ["AdamW"]),
             (b'{"model_type": "llama", "architectures": "LlamaForCausalLM"}', None),
         ],
         ids=lambda value: value[:70].decode("latin1") if isinstance(value, bytes) else "",
-    )  # fmt: skip
+    )
     def test_a_config_of_which_no_model_can_be_made(self, tmp_path: Path, content: bytes, words: list[str] | None):
         write_ranks(tmp_path / "ckpt", [memory_state("llama")])
         (tmp_path / "ckpt" / "huggingface").mkdir()

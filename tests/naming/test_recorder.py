@@ -90,7 +90,9 @@ def recorded(step: Step, dtype: torch.dtype = torch.float32) -> list[Expr]:
 
 
 @pytest.fixture(scope="module", params=["float32", "bfloat16", "float8_e4m3fn"])
-def stored(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, T], dict[str, Expr]]:
+def stored(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[dict[str, T], dict[str, Expr]]:
     """Real tensors, and the same in a file."""
     torch.manual_seed(0)
     tensors = {name: torch.randn(4, 6, 2).to(getattr(torch, request.param)) for name in "ab"}
@@ -135,9 +137,7 @@ def test_tensors_of_two_dtypes_are_promoted_as_torch_promotes_them(tmp_path: Pat
     files = load_torch_file(tmp_path / "f.pt")
     for step in (lambda a, b: torch.cat([b, a]), lambda a, b: torch.stack([b, a])):
         with Recorder() as recorder:
-            made = step(
-                recorder.input("a", (4, 6, 2), torch.float32), recorder.input("b", (4, 6, 2), torch.bfloat16)
-            )
+            made = step(recorder.input("a", (4, 6, 2), torch.float32), recorder.input("b", (4, 6, 2), torch.bfloat16))
             rule = recorder.expr(made)
         assert bits_of(ex.substitute(rule, files)) == bits(step(tensors["a"], tensors["b"]))
 

@@ -57,6 +57,11 @@ def receipt_of(directory: Path) -> dict:
     return json.loads((directory / "nbmerge_receipt.json").read_text())
 
 
+def open_files() -> int:
+    """How many files this process has open."""
+    return sum(1 for _ in Path("/proc/self/fd").iterdir())
+
+
 def content_of(directory: Path) -> dict[str, bytes]:
     """Every file below a directory, by relative path."""
     return {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()}

@@ -100,9 +100,7 @@ class Forest:
         order = self._draw(st.permutations(range(len(shape))))
         pads = [self._draw(st.tuples(st.integers(0, 2), st.integers(0, 2))) for _ in shape]
         repeated = [bool(self._draw(st.integers(0, 4)) == 0) for _ in shape]
-        base = self._bits(
-            tuple(1 if repeated[d] else shape[d] + sum(pads[d]) for d in order), dtype
-        )
+        base = self._bits(tuple(1 if repeated[d] else shape[d] + sum(pads[d]) for d in order), dtype)
         at = self._store(base)
         view = base.permute([order.index(d) for d in range(len(shape))])
         for dim, size in enumerate(shape):
@@ -141,7 +139,7 @@ class Forest:
             at = int(self._draw(st.integers(0, max(len(sizes) - 1, 0))))
             kind = self._draw(st.sampled_from(["one", "join", "split", "swap"]))
             if kind == "one" or not sizes:
-                if not math.prod(sizes) == 1 and len(sizes) > 5:
+                if math.prod(sizes) != 1 and len(sizes) > 5:
                     continue
                 sizes.insert(at, 1)
             elif kind == "join" and at + 1 < len(sizes):

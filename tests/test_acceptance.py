@@ -1,0 +1,51 @@
+"""Real checkpoints that are too large for the repository, each with the truth beside it.
+
+NBMERGE_CHECKPOINTS names a directory with a folder for each case. Its case.json holds
+    source   the checkpoint's directory, `ckpt` by default
+    options  keywords of nbmerge.merge; values that begin with ./ are paths in the folder
+    truth    a directory of safetensors files to equal in names, dtypes, shapes and bytes
+    error    or, instead: words that the refusal must contain
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import nbmerge
+from nbmerge import NbmergeError
+from tests.support.messages import assert_says
+from tests.support.results import assert_same, saved_bits
+
+VARIABLE = "NBMERGE_CHECKPOINTS"
+BACKENDS = ("fsdp",)  # a case's name begins with the one that reads it
+
+
+def cases() -> list[Path]:
+    root = os.environ.get(VARIABLE)
+    found = sorted(Path(root).glob("*/case.json")) if root else []
+    return [path.parent for path in found if path.parent.name.startswith(BACKENDS)]
+
+
+@pytest.mark.skipif(not cases(), reason=f"{VARIABLE} names no directory of checkpoints with their truth")
+@pytest.mark.parametrize("folder", cases() or [None], ids=lambda folder: folder.name if folder else "none")
+def test_a_real_checkpoint_is_merged_bit_by_bit_or_refused_in_words(folder: Path, tmp_path: Path):
+    case = json.loads((folder / "case.json").read_text())
+    options: dict[str, Any] = {
+        key: str(folder / value) if isinstance(value, str) and value.startswith("./") else value
+        for key, value in case.get("options", {}).items()
+    }
+    source, out = folder / case.get("source", "ckpt"), tmp_path / "out"
+    if "error" in case:
+        with pytest.raises(NbmergeError) as caught:
+            nbmerge.merge(source, out, **options)
+        assert_says(str(caught.value), *case["error"])
+        assert not out.exists()
+        return
+    nbmerge.merge(source, out, **options)
+    assert_same(saved_bits(out), saved_bits(folder / case["truth"]))
+    assert (out / "config.json").is_file()
