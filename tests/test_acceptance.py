@@ -1,6 +1,6 @@
-"""Real checkpoints that are too large for the repository, each with the truth beside it.
+"""Real checkpoints, each with the truth beside it: those in tests/data, and more where the machine has them.
 
-NBMERGE_CHECKPOINTS names a directory with a folder for each case. Its case.json holds
+NBMERGE_CHECKPOINTS names a directory with a folder for each further case. A case.json holds
     source   the checkpoint's directory, `ckpt` by default
     options  keywords of nbmerge.merge; values that begin with ./ are paths in the folder
     truth    a directory of safetensors files to equal in names, dtypes, shapes and bytes
@@ -22,18 +22,28 @@ from tests.support.messages import assert_says
 from tests.support.results import assert_same, saved_bits
 
 VARIABLE = "NBMERGE_CHECKPOINTS"
-BACKENDS = ("fsdp",)  # a case's name begins with the one that reads it
+BACKENDS = ("fsdp",)  # a further case's name begins with the one that reads it
+COMMITTED = sorted(path.parent for path in (Path(__file__).parent / "data").glob("*/case.json"))
 
 
-def cases() -> list[Path]:
+def further_cases() -> list[Path]:
     root = os.environ.get(VARIABLE)
     found = sorted(Path(root).glob("*/case.json")) if root else []
     return [path.parent for path in found if path.parent.name.startswith(BACKENDS)]
 
 
-@pytest.mark.skipif(not cases(), reason=f"{VARIABLE} names no directory of checkpoints with their truth")
-@pytest.mark.parametrize("folder", cases() or [None], ids=lambda folder: folder.name if folder else "none")
+@pytest.mark.parametrize("folder", COMMITTED, ids=lambda folder: folder.name)
+def test_a_checkpoint_of_another_torch_is_merged_bit_by_bit(folder: Path, tmp_path: Path):
+    merged_or_refused(folder, tmp_path)
+
+
+@pytest.mark.skipif(not further_cases(), reason=f"{VARIABLE} names no directory of checkpoints with their truth")
+@pytest.mark.parametrize("folder", further_cases() or [None], ids=lambda folder: folder.name if folder else "none")
 def test_a_real_checkpoint_is_merged_bit_by_bit_or_refused_in_words(folder: Path, tmp_path: Path):
+    merged_or_refused(folder, tmp_path)
+
+
+def merged_or_refused(folder: Path, tmp_path: Path) -> None:
     case = json.loads((folder / "case.json").read_text())
     options: dict[str, Any] = {
         key: str(folder / value) if isinstance(value, str) and value.startswith("./") else value

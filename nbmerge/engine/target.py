@@ -154,12 +154,18 @@ def _is_model_file(path: Path) -> bool:
 
 
 def _check_space(plan: MergePlan, parent: Path, work: Path) -> None:
-    names = [file.name for file in plan.files]
-    written = sum((work / name).stat().st_size for name in names if (work / name).is_file())
-    need = plan.total_bytes + _HEADROOM - written
+    need = plan.total_bytes + _HEADROOM - sum(_size(work / file.name) for file in plan.files)
     free = shutil.disk_usage(parent).free
     if free < need:
         raise SpaceError(
             f"the result needs {need:,} bytes more, and the disk has {free:,} free", where=str(parent),
             fix="free some space, or choose a target on another disk",
         )  # fmt: skip
+
+
+def _size(path: Path) -> int:
+    """Bytes of a file that an earlier run finished; 0 where there is none, or another process just published it."""
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
