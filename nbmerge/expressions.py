@@ -56,8 +56,27 @@ class Expr(ABC):
         return self
 
 
+class _Leaf(Expr):
+    """A node without sources, whose shape and dtype are given."""
+
+    __slots__ = ()
+
+    _shape: Shape
+    _dtype: DType
+
+    @property
+    def shape(self) -> Shape:
+        """Dimensions."""
+        return self._shape
+
+    @property
+    def dtype(self) -> DType:
+        """Element type."""
+        return self._dtype
+
+
 @dataclass(frozen=True, slots=True)
-class Stored(Expr):
+class Stored(_Leaf):
     """Bytes in a file. offset in bytes, strides in elements; a stride of 0 repeats."""
 
     file: str
@@ -65,14 +84,6 @@ class Stored(Expr):
     _shape: Shape
     strides: Shape
     _dtype: DType
-
-    @property
-    def shape(self) -> Shape:
-        return self._shape
-
-    @property
-    def dtype(self) -> DType:
-        return self._dtype
 
     @property
     def is_contiguous(self) -> bool:
@@ -89,37 +100,21 @@ class Stored(Expr):
 
 
 @dataclass(frozen=True, slots=True)
-class Fill(Expr):
+class Fill(_Leaf):
     """One value everywhere, for a tensor that no source holds."""
 
     value: float
     _shape: Shape
     _dtype: DType
 
-    @property
-    def shape(self) -> Shape:
-        return self._shape
-
-    @property
-    def dtype(self) -> DType:
-        return self._dtype
-
 
 @dataclass(frozen=True, slots=True)
-class Input(Expr):
+class Input(_Leaf):
     """The tensor that a naming rule calls `name`; `substitute` puts a real one in its place."""
 
     name: str
     _shape: Shape
     _dtype: DType
-
-    @property
-    def shape(self) -> Shape:
-        return self._shape
-
-    @property
-    def dtype(self) -> DType:
-        return self._dtype
 
 
 @dataclass(frozen=True, slots=True)

@@ -167,3 +167,24 @@ def test_a_head_that_differs_from_what_it_is_tied_to_is_refused_under_published_
     report = nbmerge.merge(ckpt, tmp_path / "out", **options)
     assert [tie.name for tie in report.plan.ties] == ["lm_head.weight"]
     assert "lm_head.weight" not in saved_bits(tmp_path / "out")
+
+
+def test_what_interrupted_merges_of_other_plans_left_is_removed_and_nothing_else(ckpt: Path, tmp_path: Path):
+    abandoned, running = tmp_path / ".out.nbmerge-0123456789ab", tmp_path / ".out.nbmerge-ba9876543210"
+    foreign = tmp_path / ".out.nbmerge-notes"
+    for directory in (abandoned, running, foreign):
+        directory.mkdir()
+        (directory / "model.safetensors").touch()
+    (tmp_path / ".out.nbmerge-ba9876543210.lock").touch()
+    nbmerge.merge(ckpt, tmp_path / "out")
+    assert not abandoned.exists()
+    assert (running / "model.safetensors").exists() and (foreign / "model.safetensors").exists()
+
+
+def test_files_that_are_not_copied_are_named(ckpt: Path, tmp_path: Path):
+    (ckpt / "huggingface" / "runs").mkdir()
+    (ckpt / "huggingface" / "old.safetensors").touch()
+    report = nbmerge.merge(ckpt, tmp_path / "out")
+    assert report.plan.left_out == ("old.safetensors", "runs")
+    assert report.receipt["left_out"] == ["old.safetensors", "runs"]
+    assert "2 left out" in repr(report)

@@ -220,6 +220,12 @@ def _change_tables(plan: MergePlan) -> Iterator[Table]:
         ".ties",
     )
     yield _names_table(
+        f"{len(plan.left_out):,} left out: files beside the config that are not copied",
+        "",
+        ((name, "") for name in plan.left_out),
+        ".left_out",
+    )
+    yield _names_table(
         f"{len(plan.unloaded):,} unloaded: written, and known to {plan.model_class}, which does not load them",
         "",
         ((name, "") for name in plan.unloaded),

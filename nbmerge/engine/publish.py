@@ -10,6 +10,7 @@ import errno
 import fcntl
 import logging
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -95,6 +96,16 @@ def publish(target: Target) -> None:
     _log.debug("published %s", target.path)
     if old is not None:
         shutil.rmtree(old, ignore_errors=True)
+    _remove_abandoned(target)
+
+
+def _remove_abandoned(target: Target) -> None:
+    """Removes what interrupted merges of other plans left for this target. A running one has its lock file there."""
+    stem = re.escape(target.work.name.rpartition("-")[0])
+    for sibling in target.work.parent.iterdir():
+        is_sibling = re.fullmatch(rf"{stem}-[0-9a-f]{{12}}", sibling.name) and not sibling.is_symlink()
+        if is_sibling and sibling.is_dir() and not sibling.with_name(sibling.name + ".lock").exists():
+            shutil.rmtree(sibling, ignore_errors=True)
 
 
 def _undo_interrupted_swap(target: Target) -> None:

@@ -25,7 +25,15 @@ def model_facts(source: ModelDirectory) -> ModelFacts:
         model = _meta_model(source)
         state = {name: value for name, value in model.state_dict(keep_vars=True).items() if _is_tensor(value)}
         tied = _tied_names(model, state)
-        published, tied_on_hub = _published(model, state, tied)
+        try:
+            published, tied_on_hub = _published(model, state, tied)
+        except Exception as error:  # a conversion that the recorder cannot follow
+            raise ConfigError(
+                f"transformers' own conversion of {type(model).__name__} cannot be followed: "
+                f"{type(error).__name__}: {error}",
+                where=str(source.config_dir / "config.json"),
+                fix="report it with the versions of nbmerge and transformers",
+            ) from error
         return ModelFacts(
             class_name=type(model).__name__,
             memory={name: tuple(value.shape) for name, value in state.items()},
