@@ -15,7 +15,7 @@ from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING
 
 from nbmerge.dtypes import DType
-from nbmerge.geometry import Box, Shape, contiguous_strides
+from nbmerge.geometry import Box, Shape, contiguous_strides, viewed_strides
 
 if TYPE_CHECKING:
     import torch
@@ -242,12 +242,29 @@ class Compute(Expr):
 
 
 def slice_of(expr: Expr, box: Box) -> Expr:
-    """A box of a tensor; the tensor itself where the box is all of it."""
+    """A box of a tensor, of stored bytes and pastes only what it needs; the tensor itself where that is all of it."""
     if box == Box.whole(expr.shape):
         return expr
+    if isinstance(expr, Stored):
+        return expr.region(box)
+    if isinstance(expr, Fill):
+        return replace(expr, _shape=box.shape)
     if isinstance(expr, Slice):
-        return Slice(expr.source, box.shift(expr.box.offset))
+        return slice_of(expr.source, box.shift(expr.box.offset))
+    if isinstance(expr, Paste):
+        return _slice_of_paste(expr, box)
     return Slice(expr, box)
+
+
+def _slice_of_paste(paste: Paste, box: Box) -> Expr:
+    parts: list[tuple[Shape, Expr]] = []
+    for offset, part in paste.parts:
+        common = box.intersect(Box(offset, part.shape))
+        if common is not None:
+            parts.append((common.relative_to(box.offset).offset, slice_of(part, common.relative_to(offset))))
+    if len(parts) == 1 and parts[0][1].shape == box.shape:
+        return parts[0][1]
+    return Paste(box.shape, paste.dtype, tuple(parts))
 
 
 def narrow(expr: Expr, dim: int, start: int, length: int) -> Expr:
@@ -264,13 +281,31 @@ def reshape(expr: Expr, shape: Shape) -> Expr:
         raise ValueError(f"{list(expr.shape)} cannot be reshaped to {list(shape)}")
     if shape == expr.shape:
         return expr
-    return Reshape(expr.source, shape) if isinstance(expr, Reshape) else Reshape(expr, shape)
+    if isinstance(expr, Stored):
+        strides = viewed_strides(expr.shape, expr.strides, shape)
+        return Reshape(expr, shape) if strides is None else replace(expr, _shape=shape, strides=strides)
+    if isinstance(expr, Fill):
+        return replace(expr, _shape=shape)
+    if isinstance(expr, Paste) and (1, *shape) == expr.shape:
+        return _pasted(expr, shape, [(offset[1:], part.shape[1:]) for offset, part in expr.parts])
+    if isinstance(expr, Paste) and shape == (1, *expr.shape):
+        return _pasted(expr, shape, [((0, *offset), (1, *part.shape)) for offset, part in expr.parts])
+    return reshape(expr.source, shape) if isinstance(expr, Reshape) else Reshape(expr, shape)
+
+
+def _pasted(paste: Paste, shape: Shape, places: Sequence[tuple[Shape, Shape]]) -> Paste:
+    """The parts of a paste, each at another offset and in another shape."""
+    parts = ((at, reshape(part, size)) for (at, size), (_, part) in zip(places, paste.parts, strict=True))
+    return Paste(shape, paste.dtype, tuple(parts))
 
 
 def permute(expr: Expr, dims: Shape) -> Expr:
     """Dimensions in another order: dimension i of the result is dimension dims[i]."""
     if dims == tuple(range(len(dims))):
         return expr
+    if isinstance(expr, Stored):
+        strides = tuple(expr.strides[dim] for dim in dims)
+        return replace(expr, _shape=tuple(expr.shape[dim] for dim in dims), strides=strides)
     return Permute(expr, dims)
 
 
@@ -294,6 +329,26 @@ def cat(parts: Sequence[Expr], dim: int) -> Expr:
     return Paste(shape, first.dtype, tuple(placed))
 
 
+def stack(parts: Sequence[Expr]) -> Expr:
+    """Tensors of one shape along a new first dimension."""
+    return cat([reshape(part, (1, *part.shape)) for part in parts], 0)
+
+
+def rows_of(expr: Expr) -> list[Expr]:
+    """Every row of dimension 0, without that dimension; of a paste of single rows in one pass over its parts."""
+    count = expr.shape[0]
+    if not isinstance(expr, Paste) or any(part.shape[0] != 1 for _, part in expr.parts):
+        return [select(expr, 0, index) for index in range(count)]
+    parts: list[list[tuple[Shape, Expr]]] = [[] for _ in range(count)]
+    for offset, part in expr.parts:
+        parts[offset[0]].append((offset[1:], reshape(part, part.shape[1:])))
+    shape = expr.shape[1:]
+    return [
+        row[0][1] if len(row) == 1 and row[0][1].shape == shape else Paste(shape, expr.dtype, tuple(row))
+        for row in parts
+    ]
+
+
 def walk(expr: Expr) -> Iterator[Expr]:
     """The node and all below it, each as often as it is used."""
     yield expr
@@ -302,14 +357,22 @@ def walk(expr: Expr) -> Iterator[Expr]:
 
 
 def substitute(expr: Expr, inputs: Mapping[str, Expr]) -> Expr:
-    """The expression with every Input that `inputs` names replaced by that tensor."""
+    """The expression with every Input that `inputs` names replaced by that tensor, and views taken of what it is."""
     if isinstance(expr, Input):
         return inputs.get(expr.name, expr)
     old = expr.sources
     if not old:
         return expr
     new = tuple(substitute(source, inputs) for source in old)
-    return expr if all(a is b for a, b in zip(old, new, strict=True)) else expr.with_sources(new)
+    if all(a is b for a, b in zip(old, new, strict=True)):
+        return expr
+    if isinstance(expr, Slice):
+        return slice_of(new[0], expr.box)
+    if isinstance(expr, Permute):
+        return permute(new[0], expr.dims)
+    if isinstance(expr, Reshape):
+        return reshape(new[0], expr.shape)
+    return expr.with_sources(new)
 
 
 def input_names(expr: Expr) -> list[str]:

@@ -128,6 +128,7 @@ class Checkpoint(Displayed):
     tensors: by the names that the framework gave them; world_size: ranks that wrote it;
     mesh: the device mesh that most tensors lie on; config_dir: where config.json and the tokenizer are;
     notes: what a reader should know (files left alone, overrides); problems: what is wrong with it;
+    names: whose names the tensors have, `transformers` (its own or published ones) or `megatron`;
     origin: for tensors that no file of `files` holds, what tells this checkpoint from another.
     """
 
@@ -142,6 +143,7 @@ class Checkpoint(Displayed):
     evidence: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     overrides: Mapping[str, object] = field(default_factory=dict)
+    names: str = "transformers"
     origin: str = ""
     problems: tuple[Problem, ...] = ()
 

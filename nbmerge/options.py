@@ -77,10 +77,10 @@ class MergeOptions:
         parse_size(self.max_shard_size)
         if self.workers is not None and self.workers < 1:
             raise OptionError(f"workers={self.workers}", fix="a number from 1 on")
-        for name in ("base_model", "lora", "weights"):
+        for name in ("lora", "weights"):
             if getattr(self, name) is not None:
                 raise NotSupportedError(
-                    f"{name}= is not supported yet: this version merges the full weights of FSDP checkpoints",
+                    f"{name}= is not supported yet: this version merges full weights of FSDP and Megatron checkpoints",
                     fix=f"leave {name} out",
                 )
         if self.hf_upload_path:

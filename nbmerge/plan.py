@@ -14,7 +14,7 @@ from nbmerge.errors import PlanError, Problem, plural
 from nbmerge.expressions import Expr, fingerprint
 from nbmerge.geometry import Box, Shape
 from nbmerge.layout import Checkpoint, SourceFile
-from nbmerge.naming.published import Drop, Tie
+from nbmerge.naming.notes import Drop, Filled, Tie, Trim
 from nbmerge.options import MergeOptions
 from nbmerge.shown import Displayed
 
@@ -133,6 +133,8 @@ class MergePlan(Displayed):
     tokenizer, index and the like; left_out: files of config_dir that are not copied;
     expected: the shapes that the model class wants by output name; unloaded: outputs that it knows and ignores;
     probed: small tensors that were compared while planning; equalities: large ones that the copy compares;
+    trims: padding that is cut off; fills: outputs that the checkpoint does not hold;
+    base_files: the base model's files that those are read from;
     drift: copies on several ranks that were found to differ, of which the lowest rank's is written.
     """
 
@@ -148,6 +150,9 @@ class MergePlan(Displayed):
     casts: tuple[CastNote, ...] = ()
     drops: tuple[Drop, ...] = ()
     ties: tuple[Tie, ...] = ()
+    trims: tuple[Trim, ...] = ()
+    fills: tuple[Filled, ...] = ()
+    base_files: tuple[SourceFile, ...] = ()
     unloaded: tuple[str, ...] = ()
     left_out: tuple[str, ...] = ()
     renamed: int = 0
@@ -184,7 +189,7 @@ class MergePlan(Displayed):
     def sources(self) -> tuple[SourceFile, ...]:
         """Every file that carrying the plan out reads."""
         weights = (file for file in self.checkpoint.files if file.role == "weights")
-        return (*weights, *(file.source for file in self.side_files if file.source))
+        return (*weights, *self.base_files, *(file.source for file in self.side_files if file.source))
 
     @cached_property
     def digest(self) -> str:

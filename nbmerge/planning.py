@@ -6,19 +6,22 @@ import logging
 import os
 from collections.abc import Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 from nbmerge import expressions as ex
 from nbmerge.dtypes import parse_dtype
 from nbmerge.engine.comparison import Comparison
-from nbmerge.engine.safetensors_file import deal
+from nbmerge.engine.safetensors_file import deal, stored_tensors
 from nbmerge.engine.sources import LocalFiles
 from nbmerge.errors import Problem, plural
-from nbmerge.expressions import Cast, Compute, Expr
-from nbmerge.layout import Checkpoint
+from nbmerge.expressions import Cast, Compute, Expr, Stored
+from nbmerge.layout import Checkpoint, SourceFile
 from nbmerge.naming.facts import ModelFacts
 from nbmerge.naming.model import HFModel
-from nbmerge.naming.published import Named, Tie, name_tensors
-from nbmerge.options import MergeOptions, parse_size
+from nbmerge.naming.notes import Filled, Tie
+from nbmerge.naming.outputs import outputs_of
+from nbmerge.naming.published import Base, Named
+from nbmerge.options import MergeOptions, existing_path, parse_size
 from nbmerge.plan import CastNote, Drift, Equality, Execution, MergePlan, OutputFile
 from nbmerge.side_files import edited_config, side_files
 
@@ -37,7 +40,7 @@ def make_plan(checkpoint: Checkpoint, model: HFModel, options: MergeOptions) -> 
     """
     facts = model.facts
     exprs = {name: tensor.expr for name, tensor in checkpoint.tensors.items()}
-    named = name_tensors(exprs, facts, options.dialect)
+    named = outputs_of(exprs, checkpoint.names, facts, options.dialect, _base_of(options))
     outputs, casts = _cast(named, facts, options)
     unsafe = _unsafe_names(outputs)
     files = deal(
@@ -65,6 +68,9 @@ def make_plan(checkpoint: Checkpoint, model: HFModel, options: MergeOptions) -> 
         casts=casts,
         drops=named.drops,
         ties=named.ties,
+        trims=named.trims,
+        fills=named.fills,
+        base_files=_files_of(named.fills, outputs),
         unloaded=named.unloaded,
         renamed=named.renamed,
         config_edits=edits,
@@ -85,6 +91,21 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             found[package] = "not installed as a package"
     return found
+
+
+def _base_of(options: MergeOptions) -> Base | None:
+    """The tensors of the base model that was given. Raises NotACheckpointError where there are none."""
+    if options.base_model is None:
+        return None
+    directory = existing_path(options.base_model)
+    return Base(str(directory), stored_tensors(directory, "--base_model DIR"))
+
+
+def _files_of(fills: tuple[Filled, ...], outputs: Mapping[str, Expr]) -> tuple[SourceFile, ...]:
+    """The files of the base model that outputs are read from."""
+    nodes = (node for fill in fills for node in ex.walk(outputs[fill.name]))
+    paths = dict.fromkeys(Path(node.file) for node in nodes if isinstance(node, Stored))
+    return tuple(SourceFile.of(path, "base model") for path in paths)
 
 
 def _cast(named: Named, facts: ModelFacts, options: MergeOptions) -> tuple[dict[str, Expr], tuple[CastNote, ...]]:

@@ -39,6 +39,8 @@ def receipt(plan: MergePlan, digests: Mapping[str, str], drift: Sequence[Drift])
         "casts": [{"tensor": cast.name, "from": cast.before.name, "to": cast.after.name} for cast in plan.casts],
         "drops": [{"tensor": drop.name, "reason": drop.reason} for drop in plan.drops],
         "ties": [{"tensor": tie.name, "kept": tie.kept} for tie in plan.ties],
+        "trims": [{"tensor": t.name, "source": t.source, "rows": t.rows, "kept": t.kept} for t in plan.trims],
+        "fills": [{"tensor": fill.name, "from": fill.origin, "reason": fill.reason} for fill in plan.fills],
         "unloaded": list(plan.unloaded),
         "config_edits": {key: {"from": a, "to": b} for key, (a, b) in plan.config_edits.items()},
         "compared": [equality.name for equality in (*plan.probed, *plan.equalities)],

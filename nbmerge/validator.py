@@ -5,32 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 from nbmerge.engine.comparison import first_difference
-from nbmerge.engine.safetensors_file import read_header
+from nbmerge.engine.safetensors_file import stored_tensors
 from nbmerge.engine.sources import LocalFiles
-from nbmerge.errors import NotACheckpointError, Problem
-from nbmerge.expressions import Stored
-from nbmerge.geometry import contiguous_strides
+from nbmerge.errors import Problem
 from nbmerge.plan import MergePlan
-
-
-def stored_tensors(directory: Path) -> dict[str, Stored]:
-    """The tensors of the safetensors files in a directory, by name. Raises NotACheckpointError without any."""
-    paths = sorted(directory.glob("*.safetensors")) if directory.is_dir() else []
-    if not paths:
-        raise NotACheckpointError(
-            "there are no safetensors files to compare with", where=str(directory),
-            fix="pass a Hugging Face model directory: --test_hf_dir DIR",
-        )  # fmt: skip
-    return {
-        name: Stored(str(path), entry.offset, entry.shape, contiguous_strides(entry.shape), entry.dtype)
-        for path in paths
-        for name, entry in read_header(path).items()
-    }
 
 
 def differences(plan: MergePlan, directory: Path) -> list[Problem]:
     """Everything in which the plan's outputs and the directory's tensors differ. Streams; holds one block."""
-    theirs, ours = stored_tensors(directory), plan.tensors
+    theirs, ours = stored_tensors(directory, "--test_hf_dir DIR"), plan.tensors
     problems = [Problem(f"{name} is not in the directory") for name in ours if name not in theirs]
     problems += [Problem(f"{name} is in the directory only") for name in theirs if name not in ours]
     with LocalFiles() as sources:

@@ -108,7 +108,7 @@ def test_a_wrong_value_is_told_with_the_right_ones(option: dict[str, object], wo
     assert isinstance(OptionError("x"), ValueError)
 
 
-@pytest.mark.parametrize("name", ["base_model", "lora", "weights", "hf_upload_path"])
+@pytest.mark.parametrize("name", ["lora", "weights", "hf_upload_path"])
 def test_what_is_not_done_yet_is_said_before_anything_is_read(name: str):
     assert_says(refusal(NotSupportedError, MergeOptions, **{name: "x"}), "not supported yet", "fix:")
     assert issubclass(NotSupportedError, NotImplementedError)

@@ -10,8 +10,9 @@ from nbmerge.errors import AmbiguousCheckpointError, CheckpointError, NotACheckp
 from nbmerge.layout import Checkpoint
 from nbmerge.loaders.base import Loader, OpenOptions, existing_directory
 from nbmerge.loaders.fsdp import FSDPLoader
+from nbmerge.loaders.megatron import MegatronLoader
 
-LOADERS: tuple[Loader, ...] = (FSDPLoader(),)
+LOADERS: tuple[Loader, ...] = (FSDPLoader(), MegatronLoader())
 
 _SEARCH_DEPTH = 4
 _SEARCH_DIRECTORIES = 2000  # a home directory given by mistake must not take minutes

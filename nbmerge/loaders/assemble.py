@@ -104,7 +104,7 @@ class Assembler:
                 any_piece.mesh_names, any_piece.mesh_shape, any_piece.placements, strict=True
             )
         )
-        return _paste(name, any_piece.shape, found, mesh)
+        return paste(name, any_piece.shape, found, mesh)
 
     def _from_boxes(self, name: str, pieces: Mapping[int, BoxPiece]) -> LazyTensor | Problem:
         found: list[tuple[int, Box, Stored]] = []
@@ -120,7 +120,7 @@ class Assembler:
                     )
                 found.append((rank, box, stored))
         axes = (MeshAxis("ranks", self.world_size, f"Shard({_cut_dimension(box for _, box, _ in found)})"),)
-        return _paste(name, next(iter(pieces.values())).shape, found, axes)
+        return paste(name, next(iter(pieces.values())).shape, found, axes)
 
     def _plain(self, name: str, stored: Mapping[int, Stored]) -> LazyTensor | Problem:
         """A tensor without a word on its sharding: whole on every rank, or (old checkpoints) row shards.
@@ -134,13 +134,13 @@ class Assembler:
         wanted = self.expected(name) if self.world_size > 1 and not (self.has_meshes and same) else None
         if self.world_size == 1 or whole == () or (same and (self.has_meshes or wanted == whole)):
             axes = (MeshAxis("ranks", self.world_size, "Replicate"),) if self.world_size > 1 else ()
-            return _paste(name, whole, [(r, Box.whole(whole), s) for r, s in stored.items()], axes)
+            return paste(name, whole, [(r, Box.whole(whole), s) for r, s in stored.items()], axes)
         if rows is not None and (wanted == rows or (wanted is None and not same)):
             at, found = 0, []
             for rank, tensor in stored.items():
                 found.append((rank, Box((at, *(0,) * (len(rows) - 1)), tensor.shape), tensor))
                 at += tensor.shape[0]
-            return _paste(name, rows, found, (MeshAxis("ranks", self.world_size, "Shard(0)"),))
+            return paste(name, rows, found, (MeshAxis("ranks", self.world_size, "Shard(0)"),))
         held = f"{list(whole)} on each of {self.world_size} ranks" if same else _shapes_in_words(shapes)
         if wanted is not None:
             return Problem(
@@ -185,7 +185,7 @@ def global_shape(pieces: Mapping[int, Piece], mesh: Shape, placements: tuple[Pla
     return tuple(shape)
 
 
-def _paste(
+def paste(
     name: str, shape: Shape, found: Iterable[tuple[int, Box, Stored]], mesh: tuple[MeshAxis, ...]
 ) -> LazyTensor | Problem:
     """A tensor from boxes; the same box of several ranks is kept once, the others as its replicas."""

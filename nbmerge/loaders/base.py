@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Protocol
 
 from nbmerge.engine.events import Listener, silent
-from nbmerge.errors import NotACheckpointError, listing
+from nbmerge.errors import (
+    AmbiguousCheckpointError,
+    CheckpointError,
+    IncompleteCheckpointError,
+    InconsistentCheckpointError,
+    NotACheckpointError,
+    Problem,
+    UnsupportedCheckpointError,
+    listing,
+    plural,
+)
 from nbmerge.geometry import Placement, Shape
 from nbmerge.layout import Checkpoint
 from nbmerge.shown import Displayed
@@ -102,3 +112,17 @@ def config_directory(directory: Path) -> Path | None:
         if (candidate / "config.json").is_file():
             return candidate
     return None
+
+
+def index_error(problems: Sequence[Problem], directory: Path) -> CheckpointError:
+    """One error for all problems of an index, of the class that its gravest problem has."""
+    title = f"the checkpoint cannot be put together: {plural(len(problems), 'problem')} in {directory}"
+    kinds = {problem.kind for problem in problems}
+    for kind, error in (
+        ("missing", IncompleteCheckpointError),
+        ("contradiction", InconsistentCheckpointError),
+        ("ambiguous", AmbiguousCheckpointError),
+    ):
+        if kind in kinds:
+            return error(title, problems=problems)
+    return UnsupportedCheckpointError(title, problems=problems)

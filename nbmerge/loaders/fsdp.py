@@ -7,18 +7,14 @@ from __future__ import annotations
 
 import fnmatch
 import json
-import logging
 import re
 from collections import Counter
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nbmerge.engine.events import Advanced, Ended, Started
 from nbmerge.errors import (
-    AmbiguousCheckpointError,
     CheckpointError,
     IncompleteCheckpointError,
     InconsistentCheckpointError,
@@ -30,11 +26,11 @@ from nbmerge.errors import (
 )
 from nbmerge.layout import Checkpoint, LazyTensor, MeshAxis, SourceFile
 from nbmerge.loaders.assemble import Assembler, global_shape, override
-from nbmerge.loaders.base import Loader, OpenOptions, Overrides, config_directory
+from nbmerge.loaders.base import Loader, OpenOptions, Overrides, config_directory, index_error
 from nbmerge.loaders.pieces import BoxPiece, MeshPiece, Piece, piece_of
+from nbmerge.loaders.reading import read_files
 from nbmerge.loaders.unpickle import load_torch_file
 
-_log = logging.getLogger(__name__)
 _FILE = re.compile(r"(model|optim|extra_state)_world_size_(0|[1-9]\d*)_rank_(0|[1-9]\d*)\.pt")
 _ROLES = {"model": "weights", "optim": "optimizer", "extra_state": "extra state"}
 _FLAT_PARAMETER = re.compile(r"(^|\.)_?flat_param(_\d+)?$")
@@ -117,7 +113,7 @@ class FSDPLoader(Loader):
             pieces = _overridden(pieces, options.overrides)
         tensors, unassembled = _assemble(pieces, world_size, config_dir, options)
         if problems + unassembled:
-            raise _as_error(problems + unassembled, directory)
+            raise index_error(problems + unassembled, directory)
         return Checkpoint(
             path=directory,
             backend=self.name,
@@ -191,24 +187,17 @@ def _check_overrides(overrides: Overrides, world_size: int) -> None:
 
 def _read_all(weights: Mapping[int, Path], options: OpenOptions) -> dict[int, Mapping[str, Any]]:
     """The state dict of each rank, tensors as byte ranges. Files are read in parallel."""
-    options.listener(Started("reading", sum(path.stat().st_size for path in weights.values())))
-    states: dict[int, Mapping[str, Any]] = {}
 
-    def read(path: Path) -> Any:
-        return load_torch_file(path, trust_pickle=options.trust_pickle)
+    def read(path: Path) -> Mapping[str, Any]:
+        state = load_torch_file(path, trust_pickle=options.trust_pickle)
+        if not isinstance(state, Mapping):
+            raise UnsupportedCheckpointError(
+                f"the file holds a {type(state).__name__}, not a state dict", where=str(path),
+                fix="pass the directory of a checkpoint's model files",
+            )  # fmt: skip
+        return state
 
-    with ThreadPoolExecutor(max(1, options.workers)) as pool:
-        for (rank, path), state in zip(weights.items(), pool.map(read, weights.values()), strict=True):
-            if not isinstance(state, Mapping):
-                raise UnsupportedCheckpointError(
-                    f"the file holds a {type(state).__name__}, not a state dict", where=str(path),
-                    fix="pass the directory of a checkpoint's model files",
-                )  # fmt: skip
-            states[rank] = state
-            _log.debug("%s: %d entries", path.name, len(state))
-            options.listener(Advanced(path.stat().st_size))
-    options.listener(Ended("reading"))
-    return states
+    return read_files(weights, options, read)
 
 
 def _refuse_flat_parameters(state: Mapping[str, Any], path: Path) -> None:
@@ -303,20 +292,6 @@ def _assemble(
         else:
             tensors[name] = made
     return tensors, problems
-
-
-def _as_error(problems: list[Problem], directory: Path) -> CheckpointError:
-    """One error for all problems of an index, of the class that its gravest problem has."""
-    title = f"the checkpoint cannot be put together: {plural(len(problems), 'problem')} in {directory}"
-    kinds = {problem.kind for problem in problems}
-    for kind, error in (
-        ("missing", IncompleteCheckpointError),
-        ("contradiction", InconsistentCheckpointError),
-        ("ambiguous", AmbiguousCheckpointError),
-    ):
-        if kind in kinds:
-            return error(title, problems=problems)
-    return UnsupportedCheckpointError(title, problems=problems)
 
 
 def _source_files(found: _Directory) -> tuple[SourceFile, ...]:

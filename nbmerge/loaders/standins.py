@@ -131,7 +131,7 @@ class TensorClass(StandIn):
     __slots__ = ()
 
 
-class _Callable:
+class Function:
     """A function that a pickle may call. Immutable, so that BUILD cannot touch the function behind it."""
 
     __slots__ = ("_function",)
@@ -210,15 +210,15 @@ def _table() -> dict[tuple[str, str], Any]:
     table: dict[tuple[str, str], Any] = {
         ("collections", "OrderedDict"): StateDict,
         ("torch", "Size"): Size,
-        ("torch", "device"): _Callable(_device),
+        ("torch", "device"): Function(_device),
         ("torch", "Tensor"): TensorClass,
         ("torch.nn.parameter", "Parameter"): TensorClass,
         ("torch.nn.parameter", "Buffer"): TensorClass,
-        ("torch.serialization", "_get_layout"): _Callable(lambda name: str(name)),
-        ("torch._tensor", "_rebuild_from_type_v2"): _Callable(_from_type),
-        ("torch._utils", "_rebuild_wrapper_subclass"): _Callable(_wrapper_subclass),
-        ("torch._utils", "_rebuild_parameter"): _Callable(_parameter),
-        ("torch._utils", "_rebuild_parameter_with_state"): _Callable(_parameter),
+        ("torch.serialization", "_get_layout"): Function(lambda name: str(name)),
+        ("torch._tensor", "_rebuild_from_type_v2"): Function(_from_type),
+        ("torch._utils", "_rebuild_wrapper_subclass"): Function(_wrapper_subclass),
+        ("torch._utils", "_rebuild_parameter"): Function(_parameter),
+        ("torch._utils", "_rebuild_parameter_with_state"): Function(_parameter),
         ("torch.distributed._mesh_layout", "_MeshLayout"): MeshLayout,
         ("torch.distributed._mesh_layout", "_FlatLayout"): MeshLayout,
         (_SHARDED + "sharded_tensor.api", "ShardedTensor"): ShardedTensor,
@@ -236,7 +236,7 @@ def _table() -> dict[tuple[str, str], Any]:
     for name, dtype in _STORAGES.items():
         table["torch", name] = table["torch.storage", name] = BY_NAME[dtype]
     for module in ("builtins", "__builtin__"):  # protocol 2 writes Python 2's name
-        table[module, "getattr"] = _Callable(_getattr)
+        table[module, "getattr"] = Function(_getattr)
     for module in _MESH_MODULES:
         table[module, "DeviceMesh"] = DeviceMesh
     for module in _TENSOR_MODULES:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import os
 import struct
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 from nbmerge.errors import CheckpointError, CorruptFileError, UnsupportedCheckpointError
 
@@ -22,20 +24,52 @@ class Record:
     size: int
 
 
+class _Window(io.RawIOBase):
+    """Bytes `start` to `start + length` of an open file, as a file of their own."""
+
+    def __init__(self, stream: BinaryIO, start: int, length: int) -> None:
+        self._stream, self._start, self._length, self._at = stream, start, length, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._length}[whence]
+        if at < 0:
+            raise OSError(f"no byte {at}")  # as a file does; zipfile relies on it
+        self._at = at
+        return at
+
+    def tell(self) -> int:
+        return self._at
+
+    def read(self, size: int = -1) -> bytes:
+        left = max(self._length - self._at, 0)
+        self._stream.seek(self._start + self._at)
+        data = self._stream.read(left if size < 0 else min(size, left))
+        self._at += len(data)
+        return data
+
+
 class TorchZip:
     """A file of `torch.save`: its pickle, and where the storages lie.
 
+    start, length: the archive's place inside the file, in bytes; by default it is the file.
     Raises CorruptFileError for a file that is cut short, UnsupportedCheckpointError for one that is no
     zip archive of uncompressed little-endian records.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._size = path.stat().st_size
+    def __init__(self, path: Path, start: int = 0, length: int | None = None) -> None:
+        self.path, self._start = path, start
+        self._size = path.stat().st_size - start if length is None else length
         try:
             with path.open("rb") as stream:
-                self._refuse_old_format(stream.read(4))
-                with zipfile.ZipFile(stream) as archive:
+                window = _Window(stream, start, self._size)
+                self._refuse_old_format(window.read(4))
+                with zipfile.ZipFile(window) as archive:
                     self._infos = {info.filename: info for info in archive.infolist()}
                     self._prefix = self._root()
                     self.pickle = archive.read(self._stored("data.pkl"))
@@ -66,10 +100,15 @@ class TorchZip:
     def _cut_short(self, detail: str) -> CorruptFileError:
         return CorruptFileError(
             f"the file is cut short or damaged: {detail}",
-            where=f"{self.path} ({self._size:,} bytes)",
+            where=f"{self.path} ({self._place()})",
             why="a zip archive ends with its directory, which is not there or does not fit the file",
             fix="copy it again from the machine that trained; if training was stopped while saving, use an older step",
         )
+
+    def _place(self) -> str:
+        if self._start or self.path.stat().st_size != self._size:
+            return f"bytes {self._start:,} to {self._start + self._size:,}"
+        return f"{self._size:,} bytes"
 
     def _root(self) -> str:
         for name in self._infos:
@@ -97,7 +136,7 @@ class TorchZip:
         """Where the record's bytes begin: its local header is not as long as its directory entry says."""
         fd = os.open(self.path, os.O_RDONLY)
         try:
-            header = os.pread(fd, _LOCAL_HEADER.size, info.header_offset)
+            header = os.pread(fd, _LOCAL_HEADER.size, self._start + info.header_offset)
         finally:
             os.close(fd)
         if len(header) < _LOCAL_HEADER.size or not header.startswith(_LOCAL_SIGNATURE):
@@ -106,4 +145,4 @@ class TorchZip:
         offset = info.header_offset + _LOCAL_HEADER.size + int(name_length) + int(extra_length)
         if offset + info.file_size > self._size:
             raise self._cut_short(f"record {info.filename} would end at byte {offset + info.file_size:,}")
-        return offset
+        return self._start + offset

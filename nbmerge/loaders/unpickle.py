@@ -78,8 +78,8 @@ def _tensor_v3(storage: Any, storage_offset: Any, size: Any, stride: Any, *rest:
 
 
 _FUNCTIONS = {
-    ("torch._utils", "_rebuild_tensor_v2"): standins._Callable(_tensor_v2),
-    ("torch._utils", "_rebuild_tensor_v3"): standins._Callable(_tensor_v3),
+    ("torch._utils", "_rebuild_tensor_v2"): standins.Function(_tensor_v2),
+    ("torch._utils", "_rebuild_tensor_v3"): standins.Function(_tensor_v3),
 }
 
 

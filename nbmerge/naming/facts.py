@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,8 @@ class ModelFacts:
     buffers: in-memory names that the class never writes (non-persistent);
     ignored: patterns of published names that the class knows and does not load;
     fp32: patterns of in-memory names that the class keeps in fp32 beside 16-bit weights;
-    fp32_beside_fp16: further ones, which it keeps in fp32 beside float16 only.
+    fp32_beside_fp16: further ones, which it keeps in fp32 beside float16 only;
+    config: transformers' config with its defaults.
     """
 
     class_name: str
@@ -41,6 +42,7 @@ class ModelFacts:
     ignored: tuple[str, ...]
     fp32: tuple[str, ...]
     fp32_beside_fp16: tuple[str, ...] = ()
+    config: Mapping[str, Any] = field(default_factory=dict)
 
     def is_ignored(self, name: str) -> bool:
         """Whether the class knows this published name and leaves it unloaded (multi-token prediction, say)."""

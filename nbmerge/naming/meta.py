@@ -44,6 +44,7 @@ def model_facts(source: ModelDirectory) -> ModelFacts:
             ignored=tuple(sorted(model._keys_to_ignore_on_load_unexpected or ())),
             fp32=tuple(sorted({*(getattr(model, "_keep_in_fp32_modules_strict", None) or ()), *_ALWAYS_FP32})),
             fp32_beside_fp16=tuple(sorted(getattr(model, "_keep_in_fp32_modules", None) or ())),
+            config=model.config.to_dict(),
         )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 
 from nbmerge import expressions as ex
@@ -13,6 +13,7 @@ from nbmerge.expressions import Expr, Input
 from nbmerge.geometry import Shape
 from nbmerge.naming.facts import ModelFacts
 from nbmerge.naming.inverse import inverted
+from nbmerge.naming.notes import Drop, Filled, Tie, Trim
 from nbmerge.naming.prefixes import stripped_names
 
 HUB, TRANSFORMERS = "hub", "transformers"
@@ -23,29 +24,12 @@ _NEAREST_SOUGHT = 3  # as many as a message shows; each is compared with every n
 _LORA = re.compile(r"(^|\.)(lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector|base_layer)\.")
 
 
-@dataclass(frozen=True, slots=True)
-class Drop:
-    """A source tensor that is not written, and why."""
-
-    name: str
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class Tie:
-    """An output that is not written because `kept` holds the same values; the sources of both, if both exist."""
-
-    name: str
-    kept: str
-    stored: Expr | None
-    kept_stored: Expr | None
-
-
 @dataclass(frozen=True)
 class Named:
     """The outputs of a checkpoint, by name in the order in which files hold them, and what became of the rest.
 
-    dialect: of the sources, `hub` or `transformers`; unloaded: outputs that the class knows and does not load.
+    dialect: of the sources, `hub`, `transformers`, or the table that named them; unloaded: outputs that the class
+    knows and does not load.
     """
 
     outputs: Mapping[str, Expr]
@@ -54,8 +38,32 @@ class Named:
     renamed: int = 0
     drops: tuple[Drop, ...] = ()
     ties: tuple[Tie, ...] = ()
+    trims: tuple[Trim, ...] = ()
+    fills: tuple[Filled, ...] = ()
     unloaded: tuple[str, ...] = ()
     problems: tuple[Problem, ...] = ()
+
+
+@dataclass(frozen=True)
+class Given:
+    """What is known of sources that were named already, from a framework's own names.
+
+    dialect: of their names now; sources: name → the checkpoint's own name for it; unloaded: those that the class
+    publishes and does not load; reported: names whose absence has been told.
+    """
+
+    dialect: str | None = None
+    sources: Mapping[str, str] = field(default_factory=dict)
+    unloaded: Set[str] = frozenset()
+    reported: Set[str] = frozenset()
+
+
+@dataclass(frozen=True)
+class Base:
+    """A base model that fills what the checkpoint does not hold: its tensors by published name, and where they are."""
+
+    directory: str
+    tensors: Mapping[str, Expr]
 
 
 @dataclass
@@ -63,32 +71,39 @@ class _Naming:
     facts: ModelFacts
     sources: dict[str, Expr]
     tied: Mapping[str, str]  # name that is not written → the one that is, both in the dialect of the sources
+    given: Given
+    base: Base | None = None  # with the names of the outputs
     drops: list[Drop] = field(default_factory=list)
     ties: list[Tie] = field(default_factory=list)
+    fills: list[Filled] = field(default_factory=list)
     unloaded: list[str] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
 
 
-def name_tensors(tensors: Mapping[str, Expr], facts: ModelFacts, target: str = HUB) -> Named:
+def name_tensors(
+    tensors: Mapping[str, Expr],
+    facts: ModelFacts,
+    target: str = HUB,
+    *,
+    base: Base | None = None,
+    given: Given | None = None,
+) -> Named:
     """The outputs of the tensors of a checkpoint for the model that the facts describe.
 
     target: `hub` for the names that `save_pretrained` writes, `transformers` for those in memory.
     """
+    given = given or Given()
     known = {*facts.memory, *facts.published, *facts.tied_on_hub}
     olds, collisions = stripped_names(tensors, known)
     adapters = [name for name in olds if name not in known and _LORA.search(name)]
     if adapters:
-        problem = Problem(
-            f"the checkpoint holds LoRA tensors, {adapters[0]} for one",
-            why="this version merges full weights; it does not fold or split adapters yet",
-            fix="fold the adapter in the training job (peft's merge_and_unload) and save again",
-            kind="unsupported",
-        )
-        return Named({}, {}, HUB, problems=(*collisions, problem))
+        return refused_adapters(adapters, collisions)
     sources = {new: tensors[old] for new, old in olds.items()}
     hub_shapes = {name: expr.shape for name, expr in facts.published.items()}
-    dialect = _dialect(sources, facts)
-    work = _Naming(facts, sources, facts.tied if dialect == TRANSFORMERS else facts.tied_on_hub, problems=collisions)
+    dialect = given.dialect or _dialect(sources, facts)
+    tied = facts.tied if dialect == TRANSFORMERS else facts.tied_on_hub
+    work = _Naming(facts, sources, tied, given, problems=collisions)
+    work.base = base if base is None or target == HUB else Base(base.directory, _in_memory(base.tensors, work))
     rules: Mapping[str, Expr]
     if dialect == TRANSFORMERS:
         written = {name: shape for name, shape in facts.memory.items() if name not in facts.tied}
@@ -101,9 +116,20 @@ def name_tensors(tensors: Mapping[str, Expr], facts: ModelFacts, target: str = H
         expected = {name: rule.shape for name, rule in rules.items()}
     renamed = sum(not isinstance(rule, Input) or rule.name != name for name, rule in rules.items())
     return Named(
-        outputs, expected, dialect, renamed, tuple(work.drops), tuple(work.ties), tuple(work.unloaded),
-        tuple(work.problems),
+        outputs, expected, dialect, renamed, tuple(work.drops), tuple(work.ties), fills=tuple(work.fills),
+        unloaded=tuple(work.unloaded), problems=tuple(work.problems),
     )  # fmt: skip
+
+
+def refused_adapters(names: Sequence[str], problems: Sequence[Problem] = ()) -> Named:
+    """Nothing but the problem that the checkpoint holds LoRA tensors."""
+    problem = Problem(
+        f"the checkpoint holds LoRA tensors, {names[0]} for one",
+        why="this version merges full weights; it does not fold or split adapters yet",
+        fix="fold the adapter in the training job (peft's merge_and_unload) and save again",
+        kind="unsupported",
+    )
+    return Named({}, {}, HUB, problems=(*problems, problem))
 
 
 def _dialect(sources: Mapping[str, Expr], facts: ModelFacts) -> str:
@@ -134,6 +160,13 @@ def _inverted(work: _Naming) -> dict[str, Expr]:
         return {}
 
 
+def _in_memory(published: Mapping[str, Expr], work: _Naming) -> dict[str, Expr]:
+    """The tensors of a base model under in-memory names, those of them that its files fill."""
+    rules = _inverted(work)
+    whole = {name: rule for name, rule in rules.items() if all(each in published for each in ex.input_names(rule))}
+    return {name: ex.substitute(rule, published) for name, rule in whole.items()}
+
+
 def _unchanged(shapes: Mapping[str, Shape]) -> dict[str, Expr]:
     from nbmerge.dtypes import BY_NAME
 
@@ -147,13 +180,17 @@ def _apply(work: _Naming, rules: Mapping[str, Expr], wanted: Mapping[str, Shape]
     missing: dict[str, list[str]] = {}
     for name, rule in rules.items():
         absent = [needed for needed in ex.input_names(rule) if needed not in inputs]
-        for needed in absent:
-            missing.setdefault(needed, []).append(name)
         if not absent:
             outputs[name] = ex.substitute(rule, inputs)
+        elif (filling := _from_base(work, name, rule.shape)) is not None:
+            outputs[name] = filling
+        else:
+            for needed in absent:
+                missing.setdefault(needed, []).append(name)
     mismatched = {problem.where for problem in work.problems}
+    mismatched |= {name for name, source in work.given.sources.items() if source in mismatched}
     for needed, made in missing.items():
-        if needed not in mismatched:
+        if needed not in mismatched and needed not in work.given.reported:
             work.problems.append(
                 Problem(
                     f"no tensor of the checkpoint fills {made[0]}" + (f" and {len(made) - 1} more" if made[1:] else ""),
@@ -168,6 +205,25 @@ def _apply(work: _Naming, rules: Mapping[str, Expr], wanted: Mapping[str, Shape]
     return outputs
 
 
+def _from_base(work: _Naming, name: str, shape: Shape) -> Expr | None:
+    """The base model's tensor for an output that the checkpoint does not fill."""
+    if work.base is None or name not in work.base.tensors:
+        return None
+    filling = work.base.tensors[name]
+    if filling.shape != shape:
+        work.problems.append(
+            Problem(
+                f"{name} has shape {list(filling.shape)} in the base model; {work.facts.class_name} has {list(shape)}",
+                where=work.base.directory,
+                why="the base model is another one",
+                fix="pass the model that training started from: --base_model DIR",
+                kind="contradiction",
+            )
+        )
+    work.fills.append(Filled(name, work.base.directory, "the checkpoint does not hold it"))
+    return filling
+
+
 def _inputs(work: _Naming, wanted: Mapping[str, Shape]) -> dict[str, Expr]:
     """The sources that the rules may take, with every other one accounted for."""
     inputs: dict[str, Expr] = {}
@@ -177,12 +233,12 @@ def _inputs(work: _Naming, wanted: Mapping[str, Shape]) -> dict[str, Expr]:
             if source.shape == wanted[name]:
                 inputs[name] = source
             else:
-                work.problems.append(_shape_problem(name, source.shape, wanted[name], work.facts))
+                work.problems.append(_shape_problem(name, source.shape, wanted[name], work))
         elif name in work.tied:
             continue
         elif name in work.facts.buffers or _LEFTOVERS.search(name):
             work.drops.append(Drop(name, "a buffer that the model computes when it is loaded"))
-        elif work.facts.is_ignored(name):
+        elif name in work.given.unloaded or work.facts.is_ignored(name):
             work.unloaded.append(name)
         else:
             strays.append(name)
@@ -207,7 +263,7 @@ def _tie(work: _Naming, inputs: dict[str, Expr], wanted: Mapping[str, Shape]) ->
     for name, kept in work.tied.items():
         source, kept_source = work.sources.get(name), inputs.get(kept)
         if source is not None and source.shape != wanted.get(kept, source.shape):
-            work.problems.append(_shape_problem(name, source.shape, wanted[kept], work.facts))
+            work.problems.append(_shape_problem(name, source.shape, wanted[kept], work))
         elif source is not None and kept_source is None:
             inputs[kept] = source  # some wrappers save a shared parameter under its other name only
             kept_source = source
@@ -223,10 +279,10 @@ def _tie(work: _Naming, inputs: dict[str, Expr], wanted: Mapping[str, Shape]) ->
         work.ties.append(Tie(name, kept, source, kept_source))
 
 
-def _shape_problem(name: str, got: Shape, want: Shape, facts: ModelFacts) -> Problem:
+def _shape_problem(name: str, got: Shape, want: Shape, work: _Naming) -> Problem:
     return Problem(
-        f"{name} has shape {list(got)} in the checkpoint; the config's {facts.class_name} has {list(want)}",
-        where=name,
+        f"{name} has shape {list(got)} in the checkpoint; the config's {work.facts.class_name} has {list(want)}",
+        where=work.given.sources.get(name, name),
         why="config.json is not this model's, or the vocabulary was resized in training without the config",
         fix="pass the config that training used: --hf_model_config_path DIR",
         kind="contradiction",

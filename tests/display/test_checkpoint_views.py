@@ -118,7 +118,7 @@ def test_a_tensor_of_many_pieces_is_cut_and_says_so() -> None:
 def test_a_slice_says_what_it_is_made_of() -> None:
     view = view_of(tensor("w", (8, 2), {"fsdp": (2, SHARD)}).slice(Box((0, 0), (5, 2))))
     assert view.sentence == "w[0:5, 0:2] is [5, 2] bfloat16, 20 B, in 2 stored pieces"
-    assert view.sections[0].summary == "an expression of 1 slice, 1 paste, 2 stored"
+    assert view.sections[0].summary == "an expression of 1 paste, 2 stored"
 
 
 def test_a_loader_says_what_it_recognises() -> None:

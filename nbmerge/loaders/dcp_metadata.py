@@ -1,0 +1,237 @@
+"""Reads `.metadata`, the index of a torch.distributed.checkpoint directory, without running anything of it.
+
+Written by torch itself or, in Megatron's torch_dist format, by megatron-core, whose versions 0.11 to 0.15 name
+classes of their own in it. Source: torch/distributed/checkpoint/metadata.py and filesystem.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from nbmerge.dtypes import DType
+from nbmerge.errors import CorruptFileError, NotACheckpointError
+from nbmerge.geometry import Box, Shape
+from nbmerge.loaders.standins import Function, StandIn
+from nbmerge.loaders.unpickle import InertUnpickler, run
+
+METADATA = ".metadata"
+
+
+@dataclass(frozen=True, slots=True)
+class StoredChunk:
+    """One chunk of a tensor: its box, and the bytes of `file` (relative to the directory) that hold it, as one zip."""
+
+    box: Box
+    file: str
+    offset: int
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
+class TensorEntry:
+    """A tensor of the index: global shape, dtype, and the chunks that it is stored in."""
+
+    shape: Shape
+    dtype: DType
+    chunks: tuple[StoredChunk, ...]
+
+
+@dataclass(frozen=True)
+class Index:
+    """What `.metadata` says: tensors by name, and the names of the entries that are pickled objects."""
+
+    tensors: Mapping[str, TensorEntry]
+    objects: tuple[str, ...]
+
+
+class _Record(StandIn):
+    """A dataclass of torch that keeps the fields that are looked at, and no other."""
+
+    __slots__ = ()
+    kept: ClassVar[frozenset[str]] = frozenset()
+
+    def __setstate__(self, state: Any) -> None:
+        if isinstance(state, dict):
+            self.attributes = {name: state[name] for name in state if name in self.kept}
+
+
+class _Metadata(_Record):
+    """torch's Metadata, or megatron-core's MCoreMetadata."""
+
+    __slots__ = ()
+    kept = frozenset({"state_dict_metadata", "storage_data"})
+
+
+class _Tensor(_Record):
+    """TensorStorageMetadata."""
+
+    __slots__ = ()
+    kept = frozenset({"properties", "size", "chunks"})
+
+
+class _Object(_Record):
+    """BytesStorageMetadata."""
+
+    __slots__ = ()
+
+
+class _Chunk(_Record):
+    """ChunkStorageMetadata."""
+
+    __slots__ = ()
+    kept = frozenset({"offsets", "sizes"})
+
+
+class _Key(_Record):
+    """MetadataIndex, the key of storage_data. Hashable by identity: its fields come after it is a key."""
+
+    __slots__ = ()
+    kept = frozenset({"fqn", "offset"})
+
+
+class _Storage(_Record):
+    """_StorageInfo: where the bytes of an entry are."""
+
+    __slots__ = ()
+    kept = frozenset({"relative_path", "offset", "length"})
+
+
+class _Properties(StandIn):
+    """TensorProperties, of which the dtype is looked at."""
+
+    __slots__ = ()
+
+    def __setstate__(self, state: Any) -> None:
+        if isinstance(state, tuple) and state:
+            self.attributes["dtype"] = state[0]
+        elif isinstance(state, dict):
+            self.attributes["dtype"] = state.get("dtype")
+
+
+class _Ignored(StandIn):
+    """The plan that wrote the checkpoint, paths of the training machine and the like: all one object, never kept."""
+
+    __slots__ = ()
+
+    def __new__(cls, *_: Any) -> _Ignored:
+        return _IGNORED
+
+    def __setstate__(self, state: Any) -> None:
+        """Nothing of it is kept."""
+
+    def append(self, _: Any) -> None:
+        """Nothing of it is kept."""
+
+
+_IGNORED = object.__new__(_Ignored)
+_CHECKPOINT = "torch.distributed.checkpoint."
+_MEGATRON = "megatron.core.dist_checkpointing.strategies.torch"
+
+
+def _allowed() -> dict[tuple[str, str], Any]:
+    table: dict[tuple[str, str], Any] = {
+        (_CHECKPOINT + "metadata", "Metadata"): _Metadata,
+        (_CHECKPOINT + "metadata", "TensorStorageMetadata"): _Tensor,
+        (_CHECKPOINT + "metadata", "BytesStorageMetadata"): _Object,
+        (_CHECKPOINT + "metadata", "ChunkStorageMetadata"): _Chunk,
+        (_CHECKPOINT + "metadata", "MetadataIndex"): _Key,
+        (_CHECKPOINT + "metadata", "TensorProperties"): _Properties,
+        ("torch.distributed._shard.sharded_tensor.metadata", "TensorProperties"): _Properties,  # torch before 2.3
+        (_CHECKPOINT + "filesystem", "_StorageInfo"): _Storage,
+        (_MEGATRON, "MCoreMetadata"): _Metadata,  # 0.15
+        (_MEGATRON, "MCoreSavePlan"): _Ignored,  # 0.11 to 0.15
+    }
+    for name in ("StorageMeta", "_MEM_FORMAT_ENCODING"):
+        table[_CHECKPOINT + "metadata", name] = _Ignored
+    for name in ("SavePlan", "WriteItem", "WriteItemType", "TensorWriteData", "BytesIOWriteData"):
+        table[_CHECKPOINT + "planner", name] = _Ignored
+    for module in ("pathlib", "pathlib._local"):  # the latter since Python 3.13
+        for name in ("PosixPath", "PurePosixPath", "WindowsPath", "PureWindowsPath"):
+            table[module, name] = _Ignored
+    table["torch.serialization", "_get_layout"] = Function(lambda *_: None)
+    return table
+
+
+_ALLOWED = _allowed()
+
+
+def read_index(directory: Path, *, trust_pickle: bool = False) -> Index:
+    """The index of the checkpoint in `directory`.
+
+    Raises NotACheckpointError where there is none, UnsafePickleError for a pickle that names what an index does
+    not need, and CorruptFileError for one that is damaged or says less than where each chunk is.
+    """
+    path = directory / METADATA
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError as error:
+        raise NotACheckpointError(
+            "there is no .metadata, the index of a distributed checkpoint", where=str(directory),
+            why="it is written last: saving was stopped, or the file was left behind when the rest was copied "
+            "(its name begins with a dot)",
+            fix="copy it from where the checkpoint was saved, or use an older step",
+        ) from error  # fmt: skip
+    found = run(InertUnpickler(data, path, allowed=_ALLOWED, trust_pickle=trust_pickle), path)
+    try:
+        return _index(found)
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        raise CorruptFileError(
+            f"the index is not as torch writes it: {type(error).__name__}: {error}", where=str(path),
+            why="it is damaged, or of a version that is not known",
+            fix="copy it again from the machine that trained",
+        ) from error  # fmt: skip
+
+
+def _index(metadata: Any) -> Index:
+    if not isinstance(metadata, _Metadata):
+        raise TypeError(f"it holds a {type(metadata).__name__}")
+    entries = metadata.get("state_dict_metadata")
+    places = _places(metadata.get("storage_data"))
+    tensors: dict[str, TensorEntry] = {}
+    objects: list[str] = []
+    for name, entry in entries.items():
+        if isinstance(entry, _Tensor):
+            tensors[str(name)] = _tensor(str(name), entry, places)
+        else:
+            objects.append(str(name))
+    return Index(tensors, tuple(objects))
+
+
+_Places = dict[tuple[str, Shape], tuple[str, int, int]]
+
+
+def _places(storage: Mapping[Any, Any]) -> _Places:
+    """(name, offset of the chunk) → file, offset and length in bytes."""
+    places: _Places = {}
+    for key, info in storage.items():
+        offset = key.get("offset")
+        if offset is not None:  # None for objects
+            place = (str(info.get("relative_path")), _natural(info.get("offset")), _natural(info.get("length")))
+            places[key.get("fqn"), tuple(offset)] = place
+    return places
+
+
+def _tensor(name: str, entry: _Tensor, places: _Places) -> TensorEntry:
+    dtype = entry.get("properties").get("dtype")
+    if not isinstance(dtype, DType):
+        raise TypeError(f"{name} has no dtype")
+    chunks: list[StoredChunk] = []
+    for chunk in entry.get("chunks"):
+        box = Box(_shape(chunk.get("offsets")), _shape(chunk.get("sizes")))
+        if (name, box.offset) not in places:
+            raise KeyError(f"no bytes are named for the chunk of {name} at {list(box.offset)}")
+        chunks.append(StoredChunk(box, *places[name, box.offset]))
+    return TensorEntry(_shape(entry.get("size")), dtype, tuple(chunks))
+
+
+def _shape(sizes: Any) -> Shape:
+    return tuple(_natural(size) for size in sizes)
+
+
+def _natural(number: Any) -> int:
+    if not isinstance(number, int) or number < 0:
+        raise ValueError(f"{number!r} is no size")
+    return number

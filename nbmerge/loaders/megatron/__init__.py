@@ -1,0 +1,115 @@
+"""Checkpoints of Megatron-LM and megatron-core, and of the frameworks that train with them (verl, NeMo).
+
+Each on-disk form has a reader: `dist` (torch_dist, Megatron-FSDP), `zarr`, `ranks` (mp_rank_*). All give tensors
+under Megatron's own names with layer and expert numbers of the whole model; `naming/megatron` takes it from there.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from nbmerge.errors import CheckpointError, IncompleteCheckpointError, OptionError, UnsupportedCheckpointError
+from nbmerge.layout import Checkpoint
+from nbmerge.loaders.base import Loader, OpenOptions
+from nbmerge.loaders.megatron.contents import Contents
+from nbmerge.loaders.megatron.directories import Place, find
+from nbmerge.loaders.megatron.dist import open_torch_dist
+from nbmerge.loaders.megatron.pickles import ALLOWED, saved_arguments
+from nbmerge.loaders.megatron.ranks import open_rank_files
+from nbmerge.loaders.megatron.sizes import ParallelSizes
+from nbmerge.loaders.megatron.zarr import open_zarr
+from nbmerge.loaders.unpickle import load_torch_file
+
+
+class MegatronLoader(Loader):
+    """Opens checkpoints of Megatron, in every form that it has written them in."""
+
+    name = "megatron"
+    recognises = "dist_ckpt/, iter_NNNNNNN/ or mp_rank_*/"
+
+    def evidence(self, directory: Path) -> tuple[str, ...]:
+        try:
+            place = find(directory)
+        except CheckpointError:  # a tracker file is evidence, whatever is wrong with it
+            return ("latest_checkpointed_iteration.txt",)
+        return place.evidence if place else ()
+
+    def open(self, directory: Path, options: OpenOptions) -> Checkpoint:
+        place = find(directory.absolute())
+        if place is None:
+            raise IncompleteCheckpointError("nothing of Megatron's is in the directory", where=str(directory))
+        if options.overrides.as_record():
+            raise OptionError(
+                "mesh_dim_names, mesh_shape and placements are for FSDP checkpoints",
+                why="a Megatron checkpoint says itself how it is cut", fix="leave them out",
+            )  # fmt: skip
+        if place.kind == "huggingface":
+            raise _already_converted(place, "ckpt_contents.json says so")
+        config_dir = options.config_dir or place.config_dir
+        contents = _read(place, options, config_dir)
+        if not contents.tensors:
+            raise _without_weights(place)
+        return Checkpoint(
+            path=directory,
+            backend=self.name,
+            layout=contents.layout,
+            tensors=contents.tensors,
+            world_size=contents.world_size,
+            files=contents.files,
+            config_dir=config_dir,
+            mesh=contents.mesh,
+            evidence=place.evidence,
+            notes=contents.notes,
+            names="megatron",
+        )
+
+
+def _read(place: Place, options: OpenOptions, config_dir: Path | None) -> Contents:
+    if place.kind == "ranks":
+        return open_rank_files(place.weights, options, _config(config_dir))
+    sizes = ParallelSizes.of(place.transformer_config or _arguments(place.weights, options))
+    if place.kind == "zarr":
+        return open_zarr(place.weights, sizes)
+    return open_torch_dist(place.weights, options, sizes)
+
+
+def _config(config_dir: Path | None) -> Mapping[str, Any] | None:
+    """config.json, where it can be read; planning says what is wrong with one that cannot."""
+    if config_dir is None:
+        return None
+    try:
+        content = json.loads((config_dir / "config.json").read_bytes())
+    except (OSError, ValueError):
+        return None
+    return content if isinstance(content, dict) else None
+
+
+def _arguments(directory: Path, options: OpenOptions) -> Mapping[str, Any]:
+    """Megatron-LM's arguments in common.pt, for the parallel sizes. Core 0.19 and later write no such file."""
+    path = directory / "common.pt"
+    if not path.is_file():
+        return {}
+    return saved_arguments(load_torch_file(path, allowed=ALLOWED, trust_pickle=options.trust_pickle))
+
+
+def _without_weights(place: Place) -> CheckpointError:
+    if place.huggingface is not None:
+        return _already_converted(place, f"{place.weights.name} holds only optimizer and random number generators")
+    return IncompleteCheckpointError(
+        "the checkpoint holds no weights, only optimizer state and the like", where=str(place.weights),
+        why="the run saved without the model (verl: save_contents without 'model')",
+        fix="pass a step that was saved with the model",
+    )  # fmt: skip
+
+
+def _already_converted(place: Place, why: str) -> CheckpointError:
+    folder = place.weights if place.kind == "huggingface" else place.huggingface
+    return UnsupportedCheckpointError(
+        "there is nothing to merge: the weights are in Hugging Face form already",
+        where=str(folder),
+        why=f"{why}; training saved them through mbridge",
+        fix=f"use {folder} as it is",
+    )

@@ -1,0 +1,84 @@
+"""Puts what the rank files hold of one tensor together: one lazy tensor, or the problem that prevents it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from nbmerge.errors import Problem, listing, plural
+from nbmerge.expressions import Stored
+from nbmerge.geometry import Box
+from nbmerge.layout import LazyTensor, MeshAxis
+from nbmerge.loaders.assemble import paste
+from nbmerge.loaders.megatron.grid import At, Grid
+from nbmerge.loaders.megatron.names import Held
+from nbmerge.loaders.megatron.parallel import TensorCut
+
+_AGAIN = "copy the files of all ranks again from one save"
+
+
+def disagreement(name: str, held: Sequence[Held], grid: Grid, *, of_one_expert: bool) -> Problem | None:
+    """What keeps the pieces from being of one tensor: a rank without it, another shape, another dtype.
+
+    A tensor that a stage has is on all ranks of the stage, one expert's on those of its expert rank.
+    """
+    stages, experts = {one.at.pp for one in held}, {one.at.ep for one in held}
+    have = {one.at for one in held}
+    expected = (at for stage in stages for at in grid.stages[stage])
+    absent = [at for at in expected if at not in have and (not of_one_expert or at.ep in experts)]
+    if absent:
+        return Problem(
+            f"{name} is missing from {plural(len(absent), 'file')}", where=listing(grid.files[at] for at in absent),
+            why="every rank of a pipeline stage stores the same names", fix=_AGAIN, kind="missing",
+        )  # fmt: skip
+    for what in ("shape", "dtype"):
+        said: dict[str, list[Held]] = {}
+        for one in held:
+            value = list(one.stored.shape) if what == "shape" else one.stored.dtype
+            said.setdefault(str(value), []).append(one)
+        if len(said) > 1:
+            (a, first), (b, second) = list(said.items())[:2]
+            return Problem(
+                f"the ranks disagree on the {what} of {name}: {a} and {b}",
+                where=f"{grid.files[first[0].at]}; {grid.files[second[0].at]}",
+                why="the files of the ranks are not of one save",
+                fix=_AGAIN,
+                kind="contradiction",
+            )
+    return None
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """How files stand to each other for one tensor: `shard_of` says which of `shards` a file holds.
+
+    axis: the name that displays give it.
+    """
+
+    axis: str
+    shards: int
+    shard_of: Callable[[At], int]
+
+    def mesh(self, cut: TensorCut) -> tuple[MeshAxis, ...]:
+        """The tensor's own mesh; none where there is one shard."""
+        return (MeshAxis(self.axis, self.shards, str(cut)),) if self.shards > 1 else ()
+
+
+def put_together(
+    name: str, held: Sequence[Held], grid: Grid, cut: TensorCut, sharding: Sharding, *, stacked: bool = False
+) -> LazyTensor | Problem:
+    """One tensor from what each file holds. What a later file holds again becomes a replica.
+
+    stacked: the first dimension counts experts, of which each expert rank has as many.
+    """
+    shape, shards = held[0].stored.shape, sharding.shards
+    found: list[tuple[int, Box, Stored]] = []
+    for one in held:
+        shift = (one.at.ep * shape[0] if stacked else 0, *(0 for _ in shape[1:]))[: len(shape)]
+        for box, inside in cut.boxes(shape, shards, sharding.shard_of(one.at)):
+            found.append((grid.ranks[one.at], box.shift(shift), one.stored.region(inside)))
+    whole, mesh = cut.whole(shape, shards), sharding.mesh(cut)
+    if stacked and grid.ep > 1:
+        whole = (whole[0] * grid.ep, *whole[1:])
+        mesh = (MeshAxis("ep", grid.ep, "Shard(0)"), *mesh)
+    return paste(name, whole, found, mesh)

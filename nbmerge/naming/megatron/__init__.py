@@ -1,0 +1,9 @@
+"""Megatron's names and layouts → the published names and layouts of Hugging Face models.
+
+canonical   one form of the many that names and stacked tensors have on disk
+rules       what can happen to a tensor on its way: copied, cut, un-padded, transposed, packed
+blocks      rows that families share
+families    the tables, one file for each family
+rename      applies a family's table to a checkpoint
+advice      what is near where no rule fits
+"""

@@ -1,0 +1,157 @@
+"""Applies a family's table to the tensors of a Megatron checkpoint: published names, and what became of each."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from nbmerge import expressions as ex
+from nbmerge.errors import Problem
+from nbmerge.expressions import Expr
+from nbmerge.naming.facts import ModelFacts
+from nbmerge.naming.megatron import advice
+from nbmerge.naming.megatron.canonical import Canonical, canonical
+from nbmerge.naming.megatron.families import FAMILIES, family_of
+from nbmerge.naming.megatron.family import Family, Stack
+from nbmerge.naming.megatron.rules import Copy, Made, Misfit, Rule, Sizes, misfit
+from nbmerge.naming.notes import Trim
+
+_NUMBER = re.compile(r"(\d+)\.(.+)")
+_EXPERT = re.compile(r"^(.*\bexperts)\.(\d+)\.(.+)$")
+_UNCHANGED = Copy("")
+
+
+@dataclass
+class Renamed:
+    """tensors: by published name; sources: published name → the checkpoint's own name for where it comes from;
+    unloaded: published names that the class knows and does not load; trims: padding that was cut off.
+    """
+
+    tensors: dict[str, Expr] = field(default_factory=dict)
+    sources: dict[str, str] = field(default_factory=dict)
+    unloaded: set[str] = field(default_factory=set)
+    trims: list[Trim] = field(default_factory=list)
+    problems: list[Problem] = field(default_factory=list)
+    family: Family | None = None
+
+
+@dataclass(frozen=True)
+class Match:
+    """The rule that a tensor falls under: the published names to make, and the numbers of its layer and expert."""
+
+    rule: Rule
+    names: tuple[str, ...]
+    expert: int | None = None
+    loaded: bool = True
+
+
+def rename(tensors: Mapping[str, Expr], facts: ModelFacts) -> Renamed:
+    """The published tensors that the tensors of a Megatron checkpoint become, for the model of the facts."""
+    found = canonical(tensors)
+    family = family_of(str(facts.config.get("model_type")))
+    sizes = Sizes(facts.config, {name: expr.shape for name, expr in facts.published.items()})
+    work = Renamed(problems=list(found.problems), family=family)
+    if family is None:
+        work.problems.append(advice.unknown_family(found.tensors, facts, sizes, FAMILIES))
+        return work
+    apply(family, found, sizes, work)
+    return work
+
+
+def apply(family: Family, found: Canonical, sizes: Sizes, work: Renamed) -> None:
+    """Puts what the family's rules make into `work`."""
+    packed: dict[str, dict[int, Expr]] = {}
+    strays: list[str] = []
+    for name, expr in found.tensors.items():
+        source = found.sources[name]
+        match = match_of(family, name, sizes)
+        if match is None:
+            strays.append(source)
+            continue
+        try:
+            made = list(match.rule.apply(expr, match.names, sizes, match.expert))
+        except (Misfit, LookupError) as error:
+            work.problems.append(misfit(source, error))
+            for missing in match.names:  # told already
+                work.sources[missing] = source
+            continue
+        for each in made:
+            if each.place is None:
+                _add(work, each, source, match)
+            else:
+                packed.setdefault(each.name, {})[each.place] = each.expr
+                work.sources[each.name] = source
+    _put_packed_together(work, packed)
+    _add_copies(family, work, sizes)
+    work.problems += advice.strays(strays, family)
+
+
+def match_of(family: Family, name: str, sizes: Sizes) -> Match | None:
+    """The rule for a canonical name."""
+    for prefix, target in family.unchanged.items():
+        if name.startswith(prefix):
+            return Match(_UNCHANGED, (target + name.removeprefix(prefix),))
+    if name in family.ends:
+        return Match(family.ends[name], family.ends[name].targets)
+    for stack in family.stacks:
+        if name.startswith(stack.source) and (numbered := _NUMBER.fullmatch(name.removeprefix(stack.source))):
+            return _in_stack(stack, int(numbered[1]), numbered[2], sizes)
+    return None
+
+
+def _in_stack(stack: Stack, number: int, row: str, sizes: Sizes) -> Match | None:
+    expert = None
+    if match := _EXPERT.match(row):
+        expert, row = int(match[2]), f"{match[1]}.{{e}}.{match[3]}"
+    rule = stack.rows.get(row)
+    if rule is None:
+        return None
+    layer = number + (sizes.need(stack.after) if stack.after else 0)
+    names = tuple(
+        f"{stack.target}{layer}.{target if expert is None else target.replace('{e}', str(expert))}"
+        for target in rule.targets
+    )
+    return Match(rule, names, expert, stack.loaded)
+
+
+def _add(work: Renamed, made: Made, source: str, match: Match) -> None:
+    if made.name in work.tensors:
+        work.problems.append(
+            Problem(
+                f"{work.sources[made.name]} and {source} both become {made.name}",
+                why="the checkpoint holds one parameter under two names",
+                fix="report it with the list of the checkpoint's tensors: the table does not know this form",
+                kind="contradiction",
+            )
+        )
+        return
+    work.tensors[made.name] = made.expr
+    work.sources[made.name] = source
+    if made.trimmed:
+        rows = made.expr.shape[0]
+        work.trims.append(Trim(made.name, source, rows + made.trimmed, rows))
+    if not match.loaded:
+        work.unloaded.add(made.name)
+
+
+def _put_packed_together(work: Renamed, packed: Mapping[str, Mapping[int, Expr]]) -> None:
+    for name, rows in packed.items():
+        shapes = {row.shape for row in rows.values()}
+        if sorted(rows) != list(range(len(rows))) or len(shapes) > 1:
+            work.problems.append(advice.gap_in_experts(name, sorted(rows), work.sources[name]))
+            continue
+        work.tensors[name] = ex.stack([rows[number] for number in range(len(rows))])
+
+
+def _add_copies(family: Family, work: Renamed, sizes: Sizes) -> None:
+    """What published layers hold copies of: the tables, in multi-token-prediction layers."""
+    for stack in family.stacks:
+        layers = {name.removeprefix(stack.target).partition(".")[0] for name in work.unloaded} if stack.extra else set()
+        for layer in sorted(layers):
+            for name, original in stack.extra.items():
+                if original in work.tensors:
+                    copy = f"{stack.target}{layer}.{name}"
+                    work.tensors.setdefault(copy, work.tensors[original])
+                    work.sources.setdefault(copy, work.sources[original])
+                    work.unloaded.add(copy)

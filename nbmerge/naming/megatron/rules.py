@@ -1,0 +1,234 @@
+"""What can happen to a Megatron tensor on its way to a published one. Nearly all of it is views.
+
+A row of a table is a Megatron name and a rule; the rule says which published tensors it becomes. `{e}` in both
+stands for an expert's number.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+from nbmerge import expressions as ex
+from nbmerge.errors import Problem
+from nbmerge.expressions import Expr
+from nbmerge.geometry import Shape
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What rules may ask: sizes of the model's config by name, and shapes of published tensors.
+
+    config: transformers' config with its defaults; a name is looked for in its text part first.
+    """
+
+    config: Mapping[str, Any]
+    published: Mapping[str, Shape]
+
+    def get(self, path: str) -> Any:
+        """A value of the config, or None. `vision_config.num_heads` looks into a part of it."""
+        section, _, name = path.rpartition(".")
+        if section:
+            return (self.config.get(section) or {}).get(name)
+        text = self.config.get("text_config")
+        if isinstance(text, Mapping) and text.get(name) is not None:
+            return text[name]
+        return self.config.get(name)
+
+    def need(self, path: str) -> int:
+        """A size of the config. Raises LookupError where it has none."""
+        value = self.get(path)
+        if not isinstance(value, int):
+            raise LookupError(f"config.json has no {path}")
+        return value
+
+
+@dataclass(frozen=True, slots=True)
+class Made:
+    """A published tensor that a rule makes. place: its row in a packed one; trimmed: rows of padding that were cut."""
+
+    name: str
+    expr: Expr
+    place: int | None = None
+    trimmed: int = 0
+
+
+class Misfit(ValueError):
+    """A tensor that a rule cannot be applied to: its shape and the config contradict each other."""
+
+
+class Rule(ABC):
+    """What becomes of one Megatron tensor."""
+
+    @property
+    @abstractmethod
+    def targets(self) -> tuple[str, ...]:
+        """The published names that it makes, as the table writes them."""
+
+    @abstractmethod
+    def apply(self, expr: Expr, names: tuple[str, ...], sizes: Sizes, expert: int | None) -> Iterator[Made]:
+        """The published tensors. names: `targets` with the layer's prefix and the numbers put in.
+
+        Raises Misfit for a shape that does not fit the config, LookupError for a size that the config lacks.
+        """
+
+
+@dataclass(frozen=True)
+class _Single(Rule):
+    """A rule that makes one tensor."""
+
+    to: str
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        return (self.to,)
+
+
+class Copy(_Single):
+    """The same tensor under another name."""
+
+    def apply(self, expr: Expr, names: tuple[str, ...], sizes: Sizes, expert: int | None) -> Iterator[Made]:
+        yield Made(names[0], expr)
+
+
+class Vocabulary(_Single):
+    """The first rows: Megatron pads the vocabulary to a multiple of TP · make_vocab_size_divisible_by."""
+
+    def apply(self, expr: Expr, names: tuple[str, ...], sizes: Sizes, expert: int | None) -> Iterator[Made]:
+        wanted = sizes.published.get(names[0], expr.shape)
+        if expr.shape[1:] == wanted[1:] and expr.shape[0] > wanted[0]:
+            yield Made(names[0], ex.narrow(expr, 0, 0, wanted[0]), trimmed=expr.shape[0] - wanted[0])
+        else:
+            yield Made(names[0], expr)
+
+
+@dataclass(frozen=True)
+class Head(Rule):
+    """The output layer: logits over the padded vocabulary, or, with one row, the value head of a critic."""
+
+    to: str = "lm_head.weight"
+    value: str = "score.weight"
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        return (self.to, self.value)
+
+    def apply(self, expr: Expr, names: tuple[str, ...], sizes: Sizes, expert: int | None) -> Iterator[Made]:
+        logits, value = names
+        if expr.shape[0] == 1:
+            yield Made(value, expr)
+        else:
+            yield from Vocabulary(self.to).apply(expr, (logits,), sizes, expert)
+
+
+@dataclass(frozen=True)
+class QKV(Rule):
+    """Query, key and value, interleaved by query group: [groups, (r + 2) * head_dim, ...], r = heads / groups.
+
+    Each group has its r query heads, then one key head, then one value head. With `attention_output_gate` each has
+    r query and r gate heads, and the published query projection alternates query and gate head by head.
+    The sizes are names in the config; groups default to heads. Source: megatron/core/transformer/attention.py.
+    """
+
+    q: str
+    k: str
+    v: str
+    heads: str = "num_attention_heads"
+    groups: str = "num_key_value_heads"
+    head_dim: str = "head_dim"
+    hidden: str = "hidden_size"
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        return (self.q, self.k, self.v)
+
+    def apply(self, expr: Expr, names: tuple[str, ...], sizes: Sizes, expert: int | None) -> Iterator[Made]:
+        heads, groups, dim = self._sizes(sizes)
+        each = heads // groups
+        queries = 2 * each if sizes.get("attn_output_gate") or sizes.get("attention_output_gate") else each
+        rows, rest = groups * (queries + 2) * dim, expr.shape[1:]
+        if expr.shape[0] != rows:
+            raise Misfit(
+                f"has {expr.shape[0]:,} rows; {groups} query groups of {queries} query, one key and one value head "
+                f"of {dim} make {rows:,}"
+            )
+        grouped = ex.reshape(expr, (groups, queries + 2, dim, *rest))
+        query = ex.narrow(grouped, 1, 0, each)
+        if queries > each:
+            query = _alternating(query, ex.narrow(grouped, 1, each, each))
+        parts = (query, ex.narrow(grouped, 1, queries, 1), ex.narrow(grouped, 1, queries + 1, 1))
+        for name, part in zip(names, parts, strict=True):
+            yield Made(name, ex.reshape(part, (prod(part.shape) // prod(rest), *rest)))
+
+    def _sizes(self, sizes: Sizes) -> tuple[int, int, int]:
+        heads = sizes.need(self.heads)
+        groups = sizes.get(self.groups) or heads
+        dim = sizes.get(self.head_dim) or sizes.need(self.hidden) // heads
+        if heads % groups:
+            raise Misfit(f"cannot be cut: config.json has {heads} heads in {groups} query groups")
+        return heads, int(groups), int(dim)
+
+
+def _alternating(query: Expr, gate: Expr) -> Expr:
+    """Query and gate heads [groups, r, d, ...] in turns: [groups, r, 2, d, ...]."""
+    shape = (*query.shape[:2], 1, *query.shape[2:])
+    return ex.cat([ex.reshape(query, shape), ex.reshape(gate, shape)], 2)
+
+
+@dataclass(frozen=True)
+class Halves(Rule):
+    """Gate and up projection, which lie one after the other: [2 * width, ...]."""
+
+    gate: str
+    up: str
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        return (self.gate, self.up)
+
+    def apply(self, expr: Expr, names: tuple[str, ...], sizes: Sizes, expert: int | None) -> Iterator[Made]:
+        if expr.shape[0] % 2:
+            raise Misfit(f"has {expr.shape[0]:,} rows, which are no two halves")
+        width = expr.shape[0] // 2
+        for number, name in enumerate(names):
+            yield Made(name, ex.narrow(expr, 0, number * width, width))
+
+
+@dataclass(frozen=True)
+class Packed(_Single):
+    """A row of a tensor that holds every expert: [experts, ...].
+
+    transposed: published as [in, out] rather than [out, in]; interleaved: gate and up rows in turns.
+    """
+
+    transposed: bool = False
+    interleaved: bool = False
+
+    def apply(self, expr: Expr, names: tuple[str, ...], sizes: Sizes, expert: int | None) -> Iterator[Made]:
+        if self.interleaved:
+            if expr.shape[0] % 2:
+                raise Misfit(f"has {expr.shape[0]:,} rows, which are no two halves")
+            halves = ex.reshape(expr, (2, expr.shape[0] // 2, *expr.shape[1:]))
+            expr = ex.reshape(_swapped(halves), expr.shape)
+        if self.transposed and len(expr.shape) > 1:
+            expr = _swapped(expr)
+        yield Made(names[0], expr, place=expert)
+
+
+def _swapped(expr: Expr) -> Expr:
+    """Dimensions 0 and 1 exchanged."""
+    return ex.permute(expr, (1, 0, *range(2, len(expr.shape))))
+
+
+def misfit(source: str, error: Misfit | LookupError) -> Problem:
+    """The problem of a tensor that a rule cannot be applied to."""
+    return Problem(
+        f"{source} {error}" if isinstance(error, Misfit) else f"{source} cannot be cut: {error.args[0]}",
+        where=source,
+        why="config.json is not this model's",
+        fix="pass the config that training used: --hf_model_config_path DIR",
+        kind="contradiction",
+    )
