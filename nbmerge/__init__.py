@@ -33,7 +33,7 @@ from nbmerge.errors import (
     VerificationError,
 )
 from nbmerge.layout import Checkpoint, Chunk, LazyTensor
-from nbmerge.mergers import BaseModelMerger, FSDPModelMerger, ModelMergerConfig
+from nbmerge.mergers import BaseModelMerger, FSDPModelMerger, MegatronModelMerger, ModelMergerConfig
 from nbmerge.plan import MergePlan
 from nbmerge.report import MergeReport
 
@@ -54,6 +54,7 @@ __all__ = [
     "IncompleteCheckpointError",
     "InconsistentCheckpointError",
     "LazyTensor",
+    "MegatronModelMerger",
     "MergePlan",
     "MergeReport",
     "ModelMergerConfig",

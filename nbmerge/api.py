@@ -15,7 +15,7 @@ from nbmerge.layout import Checkpoint
 from nbmerge.loaders import open_checkpoint_directory
 from nbmerge.loaders.base import OpenOptions, Overrides
 from nbmerge.naming.model import HFModel
-from nbmerge.options import MergeOptions, existing_path, parse_names, parse_shape
+from nbmerge.options import OPEN_ONLY, MergeOptions, existing_path, parse_names, parse_shape
 from nbmerge.overrides import read_placements
 from nbmerge.plan import MergePlan
 from nbmerge.report import MergeReport
@@ -150,14 +150,9 @@ def _plan(checkpoint: Checkpoint | PathLike, options: MergeOptions, progress: bo
     from nbmerge.planning import make_plan
 
     if not isinstance(checkpoint, Checkpoint):
-        checkpoint = open_checkpoint(
-            checkpoint, options.backend, hf_model_config_path=options.hf_model_config_path,
-            trust_pickle=options.trust_pickle, trust_remote_code=options.trust_remote_code,
-            mesh_dim_names=options.mesh_dim_names, mesh_shape=options.mesh_shape, placements=options.placements,
-            workers=options.workers, progress=progress,
-        )  # fmt: skip
+        checkpoint = open_checkpoint(checkpoint, progress=progress, **options.opening())
     else:
-        _refuse_given(options, _OPEN_TIME, "an opened checkpoint", "open_checkpoint")
+        _refuse_given(options, OPEN_ONLY, "an opened checkpoint", "open_checkpoint")
     config_dir = _config_dir(options.hf_model_config_path) or checkpoint.config_dir
     if config_dir is None:
         raise ConfigError(
@@ -174,7 +169,6 @@ def _plan(checkpoint: Checkpoint | PathLike, options: MergeOptions, progress: bo
     return make_plan(checkpoint, model, options)
 
 
-_OPEN_TIME = {"backend", "mesh_dim_names", "mesh_shape", "placements", "trust_pickle"}
 _PLAN_TIME = set(MergeOptions.__dataclass_fields__)
 
 

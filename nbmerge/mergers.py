@@ -8,7 +8,6 @@ Source of the interface: verl/model_merger/base_model_merger.py (Apache-2.0), wh
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,10 +16,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from nbmerge.api import carry_out, open_checkpoint, plan_merge
 from nbmerge.errors import NotSupportedError, OptionError, VerificationError, plural
 from nbmerge.layout import Checkpoint, LazyTensor
-from nbmerge.loaders.base import config_directory
+from nbmerge.loaders import choose_loader
+from nbmerge.loaders.base import existing_directory
 from nbmerge.memory import checkpoint_of
 from nbmerge.naming.model import HFModel, auto_class_name
-from nbmerge.options import OPEN_OPTIONS
+from nbmerge.options import OPEN_ONLY, OPEN_OPTIONS
 from nbmerge.plan import MergePlan
 from nbmerge.report import MergeReport
 
@@ -72,10 +72,10 @@ class ModelMergerConfig:
         return {**{name: getattr(self, name) for name in named}, **self.options}
 
 
-class BaseModelMerger(ABC):
-    """A merger of one checkpoint. Nothing is read before a method is called."""
+class BaseModelMerger:
+    """A merger of one checkpoint, of whatever layout. Nothing is read before a method is called."""
 
-    backend: ClassVar[str]
+    backend: ClassVar[str] = "auto"
 
     def __init__(self, config: ModelMergerConfig) -> None:
         self.config = config
@@ -91,7 +91,8 @@ class BaseModelMerger(ABC):
         given = self.config.hf_model_config_path
         if given:
             return Path(given).expanduser()
-        return config_directory(self.local_dir) or self.local_dir / "huggingface"
+        found = choose_loader(existing_directory(self.local_dir), self.backend).config_directory(self.local_dir)
+        return found or self.local_dir / "huggingface"
 
     @property
     def model_config(self) -> Any:
@@ -112,9 +113,31 @@ class BaseModelMerger(ABC):
             name = "AutoModelForVision2Seq"  # its name before transformers 4.52
         return getattr(transformers, name)
 
-    @abstractmethod
+    def open(self) -> Checkpoint:
+        """The checkpoint's index. Raises as `nbmerge.open_checkpoint` does."""
+        given = {name: value for name, value in self.config.merge_keywords().items() if name in OPEN_OPTIONS}
+        asked = given.pop("backend")
+        if self.backend != "auto" and asked not in ("auto", self.backend):
+            raise OptionError(f"backend={asked!r} for {type(self).__name__}", fix=f"backend={self.backend!r}, or auto")
+        return open_checkpoint(self.local_dir, asked if self.backend == "auto" else self.backend, **given)
+
+    def plan(self) -> MergePlan:
+        """What would be written."""
+        return plan_merge(self.open(), **self._plan_keywords())
+
     def merge_and_save(self) -> MergeReport:
-        """Merges the checkpoint into target_dir, or, for `test`, compares it with test_hf_dir."""
+        """Merges into target_dir; for `test`, compares bit for bit and raises VerificationError on a difference."""
+        from nbmerge.validator import differences
+
+        plan = self.plan()
+        if self.config.operation == "merge":
+            return self._write(plan)
+        plan.raise_if_problems()
+        problems = differences(plan, Path(str(self.config.test_hf_dir)).expanduser())
+        if problems:
+            title = f"{plural(len(problems), 'difference')} from {self.config.test_hf_dir}"
+            raise VerificationError(title, problems=problems)
+        return MergeReport(plan)
 
     def save_hf_model_and_tokenizer(self, state_dict: Mapping[str, torch.Tensor | LazyTensor]) -> MergeReport:
         """Writes these tensors, with config and tokenizer, as a Hugging Face directory to target_dir.
@@ -137,13 +160,12 @@ class BaseModelMerger(ABC):
             "uploading is not supported yet", fix=f"hf upload USER/NAME {self.config.target_dir or 'TARGET_DIR'}"
         )
 
-    def cleanup(self) -> None:  # noqa: B027 - a subclass may have something to release
+    def cleanup(self) -> None:
         """Nothing is left to release: files are open only while a method runs, and no process group is made."""
 
     def _plan_keywords(self) -> dict[str, Any]:
         """The keywords that an opened checkpoint leaves to decide."""
-        early = set(OPEN_OPTIONS) - {"hf_model_config_path", "trust_remote_code", "workers"}
-        return {name: value for name, value in self.config.merge_keywords().items() if name not in early}
+        return {name: value for name, value in self.config.merge_keywords().items() if name not in OPEN_ONLY}
 
     def _write(self, plan: MergePlan) -> MergeReport:
         if self.config.hf_upload:
@@ -157,29 +179,8 @@ class FSDPModelMerger(BaseModelMerger):
 
     backend = "fsdp"
 
-    def open(self) -> Checkpoint:
-        """The checkpoint's index. Raises as `nbmerge.open_checkpoint` does."""
-        given = {name: value for name, value in self.config.merge_keywords().items() if name in OPEN_OPTIONS}
-        if given.pop("backend") not in ("auto", self.backend):
-            raise OptionError(
-                f"backend={self.config.backend!r} for {type(self).__name__}", fix=f"backend={self.backend!r}, or auto"
-            )
-        return open_checkpoint(self.local_dir, self.backend, **given)
 
-    def plan(self) -> MergePlan:
-        """What would be written."""
-        return plan_merge(self.open(), **self._plan_keywords())
+class MegatronModelMerger(BaseModelMerger):
+    """Merges Megatron checkpoints: `dist_ckpt/`, `iter_NNNNNNN/`, `mp_rank_*/`."""
 
-    def merge_and_save(self) -> MergeReport:
-        """Merges into target_dir; for `test`, compares bit for bit and raises VerificationError on a difference."""
-        from nbmerge.validator import differences
-
-        plan = self.plan()
-        if self.config.operation == "merge":
-            return self._write(plan)
-        plan.raise_if_problems()
-        problems = differences(plan, Path(str(self.config.test_hf_dir)).expanduser())
-        if problems:
-            title = f"{plural(len(problems), 'difference')} from {self.config.test_hf_dir}"
-            raise VerificationError(title, problems=problems)
-        return MergeReport(plan)
+    backend = "megatron"

@@ -13,11 +13,12 @@ from nbmerge.errors import NotSupportedError, OptionError
 
 BACKENDS = ("auto", "fsdp", "megatron", "dcp", "deepspeed", "colossalai", "hf")
 DIALECTS = ("hub", "transformers")
-# The options that shape the index of a checkpoint: `open_checkpoint` takes these, and they come too late after it.
+# The keywords of `open_checkpoint`. Planning reads three of them too; the others come too late once it is open.
 OPEN_OPTIONS = (
     "backend", "hf_model_config_path", "trust_pickle", "trust_remote_code", "mesh_dim_names", "mesh_shape",
     "placements", "workers",
 )  # fmt: skip
+OPEN_ONLY = frozenset(OPEN_OPTIONS) - {"hf_model_config_path", "trust_remote_code", "workers"}
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
           "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}  # fmt: skip
 
@@ -93,6 +94,10 @@ class MergeOptions:
         """The options that change what is written, by name."""
         shapes = {item.name for item in fields(self) if item.metadata["shapes"]}
         return {name: value for name, value in asdict(self).items() if name in shapes}
+
+    def opening(self) -> dict[str, Any]:
+        """The keywords of `open_checkpoint`."""
+        return {name: getattr(self, name) for name in OPEN_OPTIONS}
 
     def given(self) -> dict[str, object]:
         """The options that differ from their defaults, by name."""

@@ -42,7 +42,18 @@ def test_the_methods_have_verls_names():
     names = {"get_transformers_auto_model_class", "merge_and_save", "save_lora_adapter", "save_hf_model_and_tokenizer",
              "upload_to_huggingface", "cleanup"}  # fmt: skip
     assert names <= {name for name, _ in inspect.getmembers(nbmerge.BaseModelMerger, inspect.isfunction)}
-    assert inspect.isabstract(nbmerge.BaseModelMerger)
+
+
+def test_the_base_class_merges_whatever_is_recognised(ckpt: Path, tmp_path: Path, tiny_model_dir):
+    config = ModelMergerConfig(local_dir=str(ckpt), target_dir=str(tmp_path / "out"))
+    assert nbmerge.BaseModelMerger(config).merge_and_save().plan.checkpoint.backend == "fsdp"
+    assert_is_the_merge(tmp_path / "out", tiny_model_dir)
+
+
+def test_a_merger_of_another_back_end_refuses(ckpt: Path, tmp_path: Path):
+    config = ModelMergerConfig(local_dir=str(ckpt), target_dir=str(tmp_path / "out"), backend="fsdp")
+    message = refusal(OptionError, nbmerge.MegatronModelMerger(config).merge_and_save)
+    assert "backend='fsdp' for MegatronModelMerger" in message
 
 
 def test_further_options_are_those_of_merge(ckpt: Path, tmp_path: Path):

@@ -87,6 +87,10 @@ class Loader(Displayed, ABC):
         Looks at names and small JSON files only.
         """
 
+    def config_directory(self, directory: Path) -> Path | None:
+        """Where the model's config.json and tokenizer are, if in the checkpoint."""
+        return config_directory(directory)
+
     @abstractmethod
     def open(self, directory: Path, options: OpenOptions) -> Checkpoint:
         """The index of the checkpoint. Raises CheckpointError and its kin, with all that is wrong."""

@@ -37,6 +37,10 @@ class MegatronLoader(Loader):
             return ("latest_checkpointed_iteration.txt",)
         return place.evidence if place else ()
 
+    def config_directory(self, directory: Path) -> Path | None:
+        place = find(directory)
+        return place.config_dir if place else None
+
     def open(self, directory: Path, options: OpenOptions) -> Checkpoint:
         place = find(directory.absolute())
         if place is None:

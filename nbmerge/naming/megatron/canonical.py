@@ -20,7 +20,8 @@ from nbmerge.expressions import Expr
 
 _WRAPPERS = re.compile(r"^(?:(?:model|module)\.)+(?=[^.]+\.)")
 _LANGUAGE = re.compile(r"^language_model\.(?=embedding\.|decoder\.|output_layer\.|mtp\.)")
-_STACKED = re.compile(r"^(.*?\blayers)\.(?!\d)(.+)$")
+# Qwen3-VL has a second stack in its vision tower.
+_STACKED = re.compile(r"^(.*?\b(?:layers|deepstack_merger_list))\.(?!\d)(.+)$")
 _LAYER = re.compile(r"^decoder\.layers\.(\d+)\.(.+)$")
 _EXPERT_STACK = re.compile(r"^(.*\bexperts)\.experts\.(linear_fc[12]\..+)$")
 _EXPERT_FORMS = (

@@ -128,8 +128,9 @@ class Head(Rule):
 class QKV(Rule):
     """Query, key and value, interleaved by query group: [groups, (r + 2) * head_dim, ...], r = heads / groups.
 
-    Each group has its r query heads, then one key head, then one value head. With `attention_output_gate` each has
-    r query and r gate heads, and the published query projection alternates query and gate head by head.
+    Each group has its r query heads, then one key head, then one value head. Where the published query projection has
+    twice the rows (`attention_output_gate`), each group has r query and r gate heads, and the published one
+    alternates query and gate head by head.
     The sizes are names in the config; groups default to heads. Source: megatron/core/transformer/attention.py.
     """
 
@@ -148,7 +149,8 @@ class QKV(Rule):
     def apply(self, expr: Expr, names: tuple[str, ...], sizes: Sizes, expert: int | None) -> Iterator[Made]:
         heads, groups, dim = self._sizes(sizes)
         each = heads // groups
-        queries = 2 * each if sizes.get("attn_output_gate") or sizes.get("attention_output_gate") else each
+        gated = sizes.published.get(names[0], (0,))[0] == 2 * heads * dim
+        queries = 2 * each if gated else each
         rows, rest = groups * (queries + 2) * dim, expr.shape[1:]
         if expr.shape[0] != rows:
             raise Misfit(
@@ -157,7 +159,7 @@ class QKV(Rule):
             )
         grouped = ex.reshape(expr, (groups, queries + 2, dim, *rest))
         query = ex.narrow(grouped, 1, 0, each)
-        if queries > each:
+        if gated:
             query = _alternating(query, ex.narrow(grouped, 1, each, each))
         parts = (query, ex.narrow(grouped, 1, queries, 1), ex.narrow(grouped, 1, queries + 1, 1))
         for name, part in zip(names, parts, strict=True):
@@ -201,10 +203,11 @@ class Halves(Rule):
 class Packed(_Single):
     """A row of a tensor that holds every expert: [experts, ...].
 
-    transposed: published as [in, out] rather than [out, in]; interleaved: gate and up rows in turns.
+    transposed: published as [in, out] rather than [out, in]; None: as the published shape says, which square
+    matrices leave as they are; interleaved: gate and up rows in turns.
     """
 
-    transposed: bool = False
+    transposed: bool | None = False
     interleaved: bool = False
 
     def apply(self, expr: Expr, names: tuple[str, ...], sizes: Sizes, expert: int | None) -> Iterator[Made]:
@@ -213,9 +216,38 @@ class Packed(_Single):
                 raise Misfit(f"has {expr.shape[0]:,} rows, which are no two halves")
             halves = ex.reshape(expr, (2, expr.shape[0] // 2, *expr.shape[1:]))
             expr = ex.reshape(_swapped(halves), expr.shape)
-        if self.transposed and len(expr.shape) > 1:
+        if len(expr.shape) > 1 and self._is_transposed(expr.shape, sizes.published.get(names[0])):
             expr = _swapped(expr)
         yield Made(names[0], expr, place=expert)
+
+    def _is_transposed(self, shape: Shape, wanted: Shape | None) -> bool:
+        if self.transposed is not None or wanted is None:
+            return bool(self.transposed)
+        return shape != wanted[1:] and shape[::-1] == wanted[1:]
+
+
+class Transposed(_Single):
+    """A matrix with its two dimensions exchanged."""
+
+    def apply(self, expr: Expr, names: tuple[str, ...], sizes: Sizes, expert: int | None) -> Iterator[Made]:
+        yield Made(names[0], _swapped(expr))
+
+
+@dataclass(frozen=True)
+class VisionQKV(_Single):
+    """Query, key and value of a vision layer, per head in Megatron, and published in one tensor: all q, all k, all v.
+
+    [heads, 3, head_dim, ...] → [3, heads, head_dim, ...].
+    """
+
+    heads: str = "vision_config.num_heads"
+
+    def apply(self, expr: Expr, names: tuple[str, ...], sizes: Sizes, expert: int | None) -> Iterator[Made]:
+        heads = sizes.need(self.heads)
+        if expr.shape[0] % (3 * heads):
+            raise Misfit(f"has {expr.shape[0]:,} rows, which are no query, key and value of {heads} heads")
+        by_head = ex.reshape(expr, (heads, 3, expr.shape[0] // (3 * heads), *expr.shape[1:]))
+        yield Made(names[0], ex.reshape(_swapped(by_head), expr.shape))
 
 
 def _swapped(expr: Expr) -> Expr:
