@@ -62,6 +62,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "qwen2": Architecture("Qwen2Config", "Qwen2ForCausalLM", _DECODER),
     "qwen2_value": Architecture("Qwen2Config", "Qwen2ForTokenClassification", {**_DECODER, "num_labels": 1}),
     "llama": Architecture("LlamaConfig", "LlamaForCausalLM", _DECODER),
+    "qwen3": Architecture("Qwen3Config", "Qwen3ForCausalLM", {**_DECODER, "head_dim": 6}),
     "qwen3_moe": Architecture("Qwen3MoeConfig", "Qwen3MoeForCausalLM", _MOE),
     "gemma4": Architecture("Gemma4TextConfig", "Gemma4ForCausalLM", _GEMMA4),
     "resnet": Architecture("ResNetConfig", "ResNetForImageClassification", _RESNET, has_tokenizer=False),
@@ -81,8 +82,7 @@ def build_model(recipe: Recipe) -> Any:
     import transformers
 
     arch = architecture(recipe.arch)
-    values = {**arch.values, "tie_word_embeddings": recipe.tied, **recipe.config}
-    config = getattr(transformers, arch.config_class)(**values)
+    config = getattr(transformers, arch.config_class)(**recipe.model_values)
     config.architectures = [arch.model_class]
     config.dtype = getattr(torch, recipe.dtype)
     model = getattr(transformers, arch.model_class)(config)

@@ -44,11 +44,13 @@ def _import_frameworks(jobs: list[DemoCheckpoint]) -> None:
     import torch.distributed.tensor.parallel  # noqa: F401
     import transformers
 
-    import nbmerge.demo.layouts  # noqa: F401
+    import nbmerge.demo.layouts
     from nbmerge.demo.models import architecture
 
     for job in jobs:
         getattr(transformers, architecture(job.recipe.arch).model_class)
+        if job.recipe.is_megatron:
+            import nbmerge.demo.megatron.save  # noqa: F401
 
 
 def _run_world(jobs: list[DemoCheckpoint], world_size: int, scratch: Path) -> str:
@@ -108,6 +110,14 @@ def _rank_main(jobs: list[DemoCheckpoint], rank: int, world_size: int, store: Pa
 
 def write_share(job: DemoCheckpoint, rank: int) -> None:
     """Builds and shards the model of a job and writes this rank's files; rank 0 also writes what is written once."""
+    if job.recipe.is_megatron:
+        write_megatron_share(job, rank)
+    else:
+        write_fsdp_share(job, rank)
+
+
+def write_fsdp_share(job: DemoCheckpoint, rank: int) -> None:
+    """A file of this rank's state dict, as verl saves FSDP models."""
     import torch
 
     from nbmerge.demo.layouts import adamw_state, shard, state_dict
@@ -127,6 +137,29 @@ def write_share(job: DemoCheckpoint, rank: int) -> None:
     torch.save({"lr_scheduler": {"last_epoch": 0}, "rng": torch.get_rng_state()}, job.path / f"extra_state_{ending}")
 
 
+def write_megatron_share(job: DemoCheckpoint, rank: int) -> None:
+    """This rank's pieces of the model, as Megatron would hold them, in containers that all ranks write together."""
+    import torch.distributed as dist
+    from safetensors.torch import load_file
+
+    from nbmerge.demo.megatron.pieces import ParallelSizes
+    from nbmerge.demo.megatron.save import save_checkpoint
+    from nbmerge.demo.models import build_model
+
+    recipe = job.recipe
+    model = build_model(recipe)
+    if rank == 0:
+        job.path.mkdir(parents=True, exist_ok=True)
+        write_truth(job, model)
+        write_model_config(job, model)
+    dist.barrier()
+    published = load_file(job.reference / "model.safetensors")
+    pp, ep, tp = recipe.mesh
+    experts = recipe.model_values.get("num_experts", 0)
+    sizes = ParallelSizes(layers=model.config.num_hidden_layers, experts=experts, tp=tp, pp=pp, ep=ep)
+    save_checkpoint(job.path, recipe.layout, published, model.config, sizes, optimizer=recipe.optimizer)
+
+
 def write_truth(job: DemoCheckpoint, model: Any) -> None:
     """The whole model: as transformers publishes it, and its state dict as it is in memory."""
     import torch
@@ -137,17 +170,22 @@ def write_truth(job: DemoCheckpoint, model: Any) -> None:
 
 def write_config(job: DemoCheckpoint, model: Any) -> None:
     """fsdp_config.json and huggingface/, as verl's FSDPCheckpointManager writes them."""
-    from nbmerge.demo.models import architecture
-    from nbmerge.demo.tokenizer import build_tokenizer
-
     recipe = job.recipe
     about = {"FSDP_version": recipe.fsdp_version, "world_size": recipe.world_size}
     (job.path / "fsdp_config.json").write_text(json.dumps(about, indent=4), encoding="utf-8")
-    target = job.path / "huggingface"
+    write_model_config(job, model)
+
+
+def write_model_config(job: DemoCheckpoint, model: Any) -> None:
+    """Config, generation config and tokenizer."""
+    from nbmerge.demo.models import architecture
+    from nbmerge.demo.tokenizer import build_tokenizer
+
+    target = job.huggingface
     model.config.save_pretrained(target)
     if model.can_generate():
         model.generation_config.save_pretrained(target)
-    if architecture(recipe.arch).has_tokenizer:
+    if architecture(job.recipe.arch).has_tokenizer:
         build_tokenizer().save_pretrained(target)
 
 

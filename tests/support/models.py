@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import json
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,13 @@ def _config(name: str) -> tuple[str, Any]:
         "qwen2_tied": lambda: ("Qwen2ForCausalLM", tf.Qwen2Config(**text, tie_word_embeddings=True)),
         "qwen2_value": lambda: ("Qwen2ForTokenClassification", tf.Qwen2Config(**text, num_labels=1)),
         "llama": lambda: ("LlamaForCausalLM", tf.LlamaConfig(**text, tie_word_embeddings=False)),
+        "qwen3": lambda: ("Qwen3ForCausalLM", tf.Qwen3Config(**head, tie_word_embeddings=False)),
+        "qwen2_moe": lambda: (
+            "Qwen2MoeForCausalLM",
+            tf.Qwen2MoeConfig(
+                **text, **_EXPERTS, shared_expert_intermediate_size=10, decoder_sparse_step=1, tie_word_embeddings=False
+            ),
+        ),
         "qwen3_moe": lambda: (
             "Qwen3MoeForCausalLM",
             tf.Qwen3MoeConfig(**head, **_EXPERTS, decoder_sparse_step=1, tie_word_embeddings=False),
@@ -47,6 +55,37 @@ def _config(name: str) -> tuple[str, Any]:
         "gemma3": lambda: (
             "Gemma3ForCausalLM",
             tf.Gemma3TextConfig(**head, query_pre_attn_scalar=4, sliding_window=16),
+        ),
+        "gemma2": lambda: (
+            "Gemma2ForCausalLM",
+            tf.Gemma2Config(**head, query_pre_attn_scalar=4, sliding_window=16),
+        ),
+        "glm4": lambda: (
+            "Glm4ForCausalLM",
+            tf.Glm4Config(**head, attention_bias=True, pad_token_id=0, eos_token_id=0, tie_word_embeddings=False),
+        ),
+        "glm4_moe": lambda: (
+            "Glm4MoeForCausalLM",
+            tf.Glm4MoeConfig(
+                **head, n_routed_experts=4, n_shared_experts=1, n_group=2, topk_group=1, num_experts_per_tok=2,
+                moe_intermediate_size=6, first_k_dense_replace=1, attention_bias=True, use_qk_norm=True,
+                tie_word_embeddings=False,
+            ),
+        ),
+        "gpt_oss": lambda: (
+            "GptOssForCausalLM",
+            tf.GptOssConfig(
+                **head, num_local_experts=4, num_experts_per_tok=2, sliding_window=16, pad_token_id=0, eos_token_id=0,
+                tie_word_embeddings=False,
+            ),
+        ),
+        "deepseek_v2": lambda: (
+            "DeepseekV2ForCausalLM",
+            tf.DeepseekV2Config(
+                **dict(text, num_key_value_heads=4), n_routed_experts=4, n_shared_experts=2, num_experts_per_tok=2,
+                moe_intermediate_size=6, first_k_dense_replace=1, q_lora_rank=None, kv_lora_rank=8, qk_rope_head_dim=4,
+                qk_nope_head_dim=4, v_head_dim=4, tie_word_embeddings=False,
+            ),
         ),
         "deepseek_v3": lambda: (
             "DeepseekV3ForCausalLM",
@@ -72,6 +111,16 @@ def _config(name: str) -> tuple[str, Any]:
                 tie_word_embeddings=True,
             ),
         ),
+        "qwen3_vl_moe": lambda: (
+            "Qwen3VLMoeForConditionalGeneration",
+            tf.Qwen3VLMoeConfig(
+                text_config=dict(
+                    head, **_EXPERTS, rope_parameters=_ROPE, decoder_sparse_step=1, tie_word_embeddings=False
+                ),
+                vision_config=dict(_VISION, num_position_embeddings=16, deepstack_visual_indexes=[0]),
+                tie_word_embeddings=False,
+            ),
+        ),
     }  # fmt: skip
     return make[name]()
 
@@ -80,6 +129,8 @@ FAMILIES = (
     "qwen2", "qwen2_tied", "qwen2_value", "llama", "qwen3_moe", "mixtral", "gemma3", "deepseek_v3", "qwen2_5_vl",
     "qwen3_vl",
 )  # fmt: skip
+# Families that only tests of Megatron need.
+MORE_FAMILIES = ("qwen2_moe", "qwen3", "deepseek_v2", "gemma2", "glm4", "glm4_moe", "gpt_oss", "qwen3_vl_moe")
 
 
 @functools.cache
@@ -100,6 +151,25 @@ def tiny_model(name: str, dtype: str = "float32") -> Any:
 def memory_state(name: str, dtype: str = "float32") -> dict[str, torch.Tensor]:
     """The model's state dict with its in-memory names, tied copies included."""
     return {key: value.detach().clone() for key, value in tiny_model(name, dtype).state_dict().items()}
+
+
+def tiny_config(name: str) -> Any:
+    """The family's config object."""
+    return _config(name)[1]
+
+
+@functools.cache
+def _published(name: str, dtype: str) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    with tempfile.TemporaryDirectory() as directory:
+        path = save_tiny_model(name, Path(directory), dtype) / "model.safetensors"
+        return {key: value.clone() for key, value in load_file(path).items()}
+
+
+def published_state(name: str, dtype: str = "float32") -> dict[str, torch.Tensor]:
+    """The model's tensors with their published names, as `save_pretrained` writes them. Do not change them in place."""
+    return dict(_published(name, dtype))
 
 
 def save_tiny_model(name: str, directory: Path, dtype: str = "float32") -> Path:
