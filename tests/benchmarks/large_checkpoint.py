@@ -27,7 +27,7 @@ def make(directory: Path, gigabytes: float, world_size: int = 4) -> None:
             raise subprocess.CalledProcessError(worker.returncode, command)
 
 
-def _config(gigabytes: float):  # type: ignore[no-untyped-def]
+def config_of(gigabytes: float):  # type: ignore[no-untyped-def]
     from transformers import Qwen2Config
 
     intermediate = 4 * _HIDDEN
@@ -51,7 +51,7 @@ def _worker(directory: Path, rank: int, world_size: int, gigabytes: float) -> No
     directory.mkdir(parents=True, exist_ok=True)
     store = directory / "store"
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
-    config = _config(gigabytes)
+    config = config_of(gigabytes)
     with torch.device("meta"):
         model = Qwen2ForCausalLM(config)
     mesh = init_device_mesh("cpu", (world_size,), mesh_dim_names=("fsdp",))

@@ -19,6 +19,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from torch.distributed.checkpoint import metadata as dcp
@@ -51,8 +52,12 @@ def chunks() -> Iterator[Chunk]:
         stage = min(layer // 4, _PP - 1)
         name = f"decoder.layers.{layer}." if layer < 61 else "mtp.layers.0.transformer_layer."
         yield from _layer(name, hidden, heads, layer, stage)
-    for part, shape, dim in (("enorm", (hidden,), None), ("hnorm", (hidden,), None), ("final_layernorm", (hidden,), None),
-                             ("eh_proj", (hidden, 2 * hidden), 0)):  # fmt: skip
+    for part, shape, dim in (
+        ("enorm", (hidden,), None),
+        ("hnorm", (hidden,), None),
+        ("final_layernorm", (hidden,), None),
+        ("eh_proj", (hidden, 2 * hidden), 0),
+    ):
         yield from _cut(f"mtp.layers.0.{part}.weight", shape, dim, _TP, _PP - 1)
 
 
@@ -117,7 +122,7 @@ def make(directory: Path) -> None:
     places: dict[dcp.MetadataIndex, _StorageInfo] = {}
     archives: dict[tuple[tuple[int, ...], torch.dtype], _Ends] = {}
     ends: dict[int, int] = {}
-    files = {}
+    files: dict[int, BinaryIO] = {}
     for name, shape, offset, extent, dtype, rank in chunks():
         archive = archives.get((extent, dtype))
         if archive is None:
@@ -125,7 +130,9 @@ def make(directory: Path) -> None:
             torch.save(torch.empty(extent, dtype=dtype), archive)
         start = ends.get(rank, 0)
         ends[rank] = start + archive.size
-        file = files.setdefault(rank, (weights / f"__{rank}_0.distcp").open("wb"))
+        if rank not in files:
+            files[rank] = (weights / f"__{rank}_0.distcp").open("wb")
+        file = files[rank]
         file.seek(start)
         file.write(archive.head[: archive.size])
         file.seek(start + max(archive.size - _KEPT, 0))

@@ -1,9 +1,8 @@
-"""The worked example of CONTRIBUTING.md runs as it is printed there."""
+"""The loader that CONTRIBUTING.md shows runs as it is printed there."""
 
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 
 import numpy as np
@@ -13,15 +12,11 @@ from nbmerge.engine.sources import LocalFiles
 from nbmerge.geometry import Box
 from nbmerge.loaders import choose_loader
 from nbmerge.loaders.base import Loader, OpenOptions
-
-_GUIDE = Path(__file__).parents[2] / "CONTRIBUTING.md"
+from tests.support.guide import example
 
 
 def _loader_of_the_guide() -> Loader:
-    (code,) = re.findall(r"```python\n(.*?)```", _GUIDE.read_text(encoding="utf-8"), re.DOTALL)
-    names: dict[str, object] = {}
-    exec(compile(code, str(_GUIDE), "exec"), names)
-    loader = names["RowwiseLoader"]()  # type: ignore[operator]
+    loader = example("RowwiseLoader")()
     assert isinstance(loader, Loader)
     return loader
 

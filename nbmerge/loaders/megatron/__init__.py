@@ -19,6 +19,7 @@ from nbmerge.loaders.megatron.directories import Place, find
 from nbmerge.loaders.megatron.dist import open_torch_dist
 from nbmerge.loaders.megatron.pickles import ALLOWED, saved_arguments
 from nbmerge.loaders.megatron.ranks import open_rank_files
+from nbmerge.loaders.megatron.settings import refuse_interleaved
 from nbmerge.loaders.megatron.sizes import ParallelSizes
 from nbmerge.loaders.megatron.zarr import open_zarr
 from nbmerge.loaders.unpickle import load_torch_file
@@ -74,7 +75,9 @@ class MegatronLoader(Loader):
 def _read(place: Place, options: OpenOptions, config_dir: Path | None) -> Contents:
     if place.kind == "ranks":
         return open_rank_files(place.weights, options, _config(config_dir))
-    sizes = ParallelSizes.of(place.transformer_config or _arguments(place.weights, options))
+    settings = place.transformer_config or _arguments(place.weights, options)
+    refuse_interleaved(settings, str(place.root))
+    sizes = ParallelSizes.of(settings)
     if place.kind == "zarr":
         return open_zarr(place.weights, sizes)
     return open_torch_dist(place.weights, options, sizes)

@@ -18,7 +18,7 @@ from nbmerge.loaders.megatron.files import Numbers, RankFiles
 from nbmerge.loaders.megatron.grid import Grid
 from nbmerge.loaders.megatron.names import gather
 from nbmerge.loaders.megatron.pickles import ALLOWED
-from nbmerge.loaders.megatron.settings import Settings
+from nbmerge.loaders.megatron.settings import Settings, refuse_interleaved
 from nbmerge.loaders.megatron.states import check_virtual_stages, common_arguments, model_chunks
 from nbmerge.loaders.reading import read_files
 from nbmerge.loaders.unpickle import load_torch_file
@@ -41,6 +41,7 @@ def open_rank_files(directory: Path, options: OpenOptions, config: Mapping[str, 
     states = read_files(found.weights, options, read)
     models = {numbers: model_chunks(state, found.weights[numbers]) for numbers, state in states.items()}
     settings = Settings(common_arguments(states, found.weights), config or {})
+    refuse_interleaved(settings.arguments, str(directory))
     check_virtual_stages(models, found.weights, settings.argument("virtual_pipeline_model_parallel_size"))
     grid = Grid.of(found, models, settings)
     placed = {grid.places[numbers]: chunks for numbers, chunks in models.items()}

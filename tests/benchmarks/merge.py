@@ -1,6 +1,6 @@
-"""Time and memory of an FSDP merge, against `cp` and `sync` of the same bytes in the same run.
+"""Time and memory of a merge, against `cp` and `sync` of the same bytes in the same run.
 
-python -m tests.benchmarks.merge_fsdp [--gigabytes 3] [--rounds 5] [--dir DIR]
+python -m tests.benchmarks.merge [--layout fsdp|megatron] [--gigabytes 3] [--rounds 5] [--dir DIR]
 
 Prints the median of each and their ratio. The fixed start (imports and the meta model) is timed apart.
 """
@@ -17,14 +17,13 @@ import tempfile
 import time
 from pathlib import Path
 
-from tests.benchmarks import large_checkpoint
 
-_LIMIT_RATIO, _LIMIT_MIB = 1.5, 150
+_LIMITS = {"fsdp": (1.5, 150), "megatron": (1.6, 200)}  # times cp and sync, MiB
 
 
 def one_merge(checkpoint: Path, target: Path, *options: str) -> dict[str, float]:
     """One merge in a process of its own: its seconds, and the MiB that it took above its imports."""
-    words = [sys.executable, "-m", "tests.benchmarks.merge_fsdp", "--measure", str(checkpoint), str(target), *options]
+    words = [sys.executable, "-m", "tests.benchmarks.merge", "--measure", str(checkpoint), str(target), *options]
     done = subprocess.run(words, capture_output=True, text=True, check=True)
     found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     return found
@@ -72,11 +71,14 @@ def _copy(files: list[Path], target: Path) -> float:
     return time.perf_counter() - start
 
 
-def _run(directory: Path, gigabytes: float, rounds: int) -> None:
-    checkpoint = directory / "checkpoint"
+def _run(directory: Path, layout: str, gigabytes: float, rounds: int) -> None:
+    from tests.benchmarks import large_checkpoint, large_megatron  # here, so that --measure sees the imports' time
+
+    checkpoint = directory / ("checkpoint" if layout == "fsdp" else f"checkpoint_{layout}")
     if not (checkpoint / "huggingface").is_dir():
-        large_checkpoint.make(checkpoint, gigabytes)
-    files = sorted(checkpoint.glob("model_*.pt"))
+        make = large_checkpoint.make if layout == "fsdp" else large_megatron.make
+        make(checkpoint, gigabytes)
+    files = sorted([*checkpoint.glob("model_*.pt"), *checkpoint.glob("dist_ckpt/*.distcp")])
     for file in files:  # warm the page cache
         subprocess.run(["cat", str(file)], stdout=subprocess.DEVNULL, check=True)
     subprocess.run(["sync"], check=True)
@@ -89,14 +91,15 @@ def _run(directory: Path, gigabytes: float, rounds: int) -> None:
         shutil.rmtree(directory / "merged")
         print(f"round {number + 1}: cp+sync {copies[-1]:.2f} s, merge {merges[-1]}", flush=True)
     copy = statistics.median(copies)
+    most_ratio, most_mib = _LIMITS[layout]
     merge = statistics.median(m["merge"] for m in merges)
     ratio = statistics.median(m["merge"] / c for m, c in zip(merges, copies, strict=True))
     print(f"bytes of weights       {merges[0]['bytes']:,.0f}")
     print(f"cp + sync              {copy:.2f} s (median of {rounds})")
-    print(f"merge beyond its start {merge:.2f} s = {ratio:.2f} × cp + sync (limit {_LIMIT_RATIO})")
+    print(f"merge beyond its start {merge:.2f} s = {ratio:.2f} × cp + sync (limit {most_ratio})")
     print(f"fixed start            {statistics.median(m['start'] for m in merges):.2f} s (imports, meta model)")
     print(f"import nbmerge         {statistics.median(m['import'] for m in merges):.3f} s (limit 0.3)")
-    print(f"memory above imports   {max(m['mib'] for m in merges):.0f} MiB (limit {_LIMIT_MIB})")
+    print(f"memory above imports   {max(m['mib'] for m in merges):.0f} MiB (limit {most_mib})")
 
 
 def main() -> None:
@@ -105,15 +108,16 @@ def main() -> None:
         _measure(*sys.argv[2:4], **dict(word.split("=", 1) for word in sys.argv[4:]))
         return
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--layout", choices=sorted(_LIMITS), default="fsdp")
     parser.add_argument("--gigabytes", type=float, default=3.0)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--dir", type=Path, help="keep the checkpoint here for the next run")
     options = parser.parse_args()
     if options.dir:
-        _run(options.dir, options.gigabytes, options.rounds)
+        _run(options.dir, options.layout, options.gigabytes, options.rounds)
         return
     with tempfile.TemporaryDirectory(prefix="nbmerge-benchmark-") as directory:
-        _run(Path(directory), options.gigabytes, options.rounds)
+        _run(Path(directory), options.layout, options.gigabytes, options.rounds)
 
 
 if __name__ == "__main__":
