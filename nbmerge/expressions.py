@@ -287,16 +287,11 @@ def reshape(expr: Expr, shape: Shape) -> Expr:
     if isinstance(expr, Fill):
         return replace(expr, _shape=shape)
     if isinstance(expr, Paste) and (1, *shape) == expr.shape:
-        return _pasted(expr, shape, [(offset[1:], part.shape[1:]) for offset, part in expr.parts])
+        filled = [(at[1:], part) for at, part in expr.parts if part.numel]
+        return Paste(shape, expr.dtype, tuple((at, reshape(part, part.shape[1:])) for at, part in filled))
     if isinstance(expr, Paste) and shape == (1, *expr.shape):
-        return _pasted(expr, shape, [((0, *offset), (1, *part.shape)) for offset, part in expr.parts])
+        return Paste(shape, expr.dtype, tuple(((0, *at), reshape(part, (1, *part.shape))) for at, part in expr.parts))
     return reshape(expr.source, shape) if isinstance(expr, Reshape) else Reshape(expr, shape)
-
-
-def _pasted(paste: Paste, shape: Shape, places: Sequence[tuple[Shape, Shape]]) -> Paste:
-    """The parts of a paste, each at another offset and in another shape."""
-    parts = ((at, reshape(part, size)) for (at, size), (_, part) in zip(places, paste.parts, strict=True))
-    return Paste(shape, paste.dtype, tuple(parts))
 
 
 def permute(expr: Expr, dims: Shape) -> Expr:

@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 from nbmerge.engine.events import Listener
-from nbmerge.engine.execute import write_files
+from nbmerge.engine.execute import Outcome, write_files
 from nbmerge.engine.publish import (
     copy_synced,
     discard,
@@ -26,7 +26,7 @@ from nbmerge.errors import (
 from nbmerge.plan import MergePlan
 from nbmerge.receipt import RECEIPT_NAME, encoded, receipt, sha256_of
 from nbmerge.report import MergeReport
-from nbmerge.verification import verify
+from nbmerge.verification import Verification, verify
 
 
 def write_and_publish(plan: MergePlan, target: Target, listener: Listener) -> MergeReport:
@@ -39,11 +39,7 @@ def write_and_publish(plan: MergePlan, target: Target, listener: Listener) -> Me
         with workspace(target) as directory:
             _remove_strays(plan, directory)
             try:
-                _refuse_changed_sources(plan)
-                outcome = write_files(plan, directory, listener)
-                _refuse_changed_sources(plan)
-                _write_side_files(plan, directory)
-                verification = verify(plan, directory)
+                outcome, verification = _write(plan, directory, listener)
             except (CorruptFileError, InconsistentCheckpointError, VerificationError):
                 discard(target)  # what was written of it cannot be trusted
                 raise
@@ -71,6 +67,15 @@ def write_and_publish(plan: MergePlan, target: Target, listener: Listener) -> Me
         verification=verification,
         receipt=content,
     )
+
+
+def _write(plan: MergePlan, directory: Path, listener: Listener) -> tuple[Outcome, Verification]:
+    """All files of the result but the receipt, and the proof that they are what was planned."""
+    _refuse_changed_sources(plan)
+    outcome = write_files(plan, directory, listener)
+    _refuse_changed_sources(plan)
+    _write_side_files(plan, directory)
+    return outcome, verify(plan, directory)
 
 
 def _remove_strays(plan: MergePlan, directory: Path) -> None:

@@ -4,31 +4,28 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from nbmerge import expressions as ex
 from nbmerge.dtypes import parse_dtype
-from nbmerge.engine.comparison import Comparison
 from nbmerge.engine.safetensors_file import deal, stored_tensors
-from nbmerge.engine.sources import LocalFiles
+from nbmerge.equalities import comparisons, probe
 from nbmerge.errors import Problem, plural
 from nbmerge.expressions import Cast, Compute, Expr, Stored
 from nbmerge.layout import Checkpoint, SourceFile
 from nbmerge.naming.facts import ModelFacts
 from nbmerge.naming.model import HFModel
-from nbmerge.naming.notes import Filled, Tie
+from nbmerge.naming.notes import Filled
 from nbmerge.naming.outputs import outputs_of
 from nbmerge.naming.published import Base, Named
 from nbmerge.options import MergeOptions, existing_path, parse_size
-from nbmerge.plan import CastNote, Drift, Equality, Execution, MergePlan, OutputFile
+from nbmerge.plan import CastNote, Execution, MergePlan, OutputFile
 from nbmerge.side_files import edited_config, side_files
 
 _log = logging.getLogger(__name__)
 _BUFFER = 2 * 2**20  # bytes that a worker puts together in memory at a time
-_PROBED = 2**20  # bytes of one tensor's replicas that are compared while planning
-_PROBED_IN_ALL = 64 * 2**20
 _MAX_WORKERS = 8
 _LONGEST_NAME = 1000  # characters
 
@@ -36,50 +33,29 @@ _LONGEST_NAME = 1000  # characters
 def make_plan(checkpoint: Checkpoint, model: HFModel, options: MergeOptions) -> MergePlan:
     """The plan. Reads no tensor data but small replicas, which it compares. Problems are in `.problems`.
 
-    Raises ConfigError where no model can be made of the config.
+    Raises ConfigError where no model can be made of the config, NotACheckpointError for a base model without weights.
     """
     facts = model.facts
     exprs = {name: tensor.expr for name, tensor in checkpoint.tensors.items()}
     named = outputs_of(exprs, checkpoint.names, facts, options.dialect, _base_of(options))
     outputs, casts = _cast(named, facts, options)
     unsafe = _unsafe_names(outputs)
-    files = deal(
-        {name: expr for name, expr in outputs.items() if name not in unsafe}, parse_size(options.max_shard_size)
-    )
+    safe = {name: expr for name, expr in outputs.items() if name not in unsafe}
+    files = deal(safe, parse_size(options.max_shard_size))
     edits, config = edited_config(model, outputs, options, facts)
     beside = side_files(model.config_dir, files, config)
-    probed, equalities = _comparisons(checkpoint, named.ties)
-    _log.debug(
-        "%s: %d outputs in %d files; comparing %d small copies", facts.class_name, len(outputs), len(files), len(probed)
-    )
-    drift, unequal = _probe(probed)
-    problems = [*checkpoint.problems, *named.problems, *unsafe.values(), *beside.problems, *unequal]
+    probed, equalities = comparisons(checkpoint, named.ties)
+    _log.debug("%s: %d outputs; comparing %d small copies", facts.class_name, len(outputs), len(probed))
+    drift, unequal = probe(probed)
     return MergePlan(
-        checkpoint=checkpoint,
-        options=options,
-        config_dir=model.config_dir,
-        model_class=facts.class_name,
-        dialect=named.dialect,
-        files=files,
-        side_files=beside.files,
-        left_out=beside.left_out,
-        expected=named.expected,
-        execution=_execution(files, options),
-        casts=casts,
-        drops=named.drops,
-        ties=named.ties,
-        trims=named.trims,
-        fills=named.fills,
-        base_files=_files_of(named.fills, outputs),
-        unloaded=named.unloaded,
-        renamed=named.renamed,
-        config_edits=edits,
-        probed=probed,
-        equalities=equalities,
-        drift=drift,
-        problems=tuple(problems),
-        versions=versions(),
-    )
+        checkpoint=checkpoint, options=options, config_dir=model.config_dir, model_class=facts.class_name,
+        dialect=named.dialect, files=files, side_files=beside.files, left_out=beside.left_out,
+        expected=named.expected, execution=_execution(files, options), casts=casts, drops=named.drops,
+        ties=named.ties, trims=named.trims, fills=named.fills, base_files=_files_of(named.fills, outputs),
+        unloaded=named.unloaded, renamed=named.renamed, config_edits=edits, probed=probed, equalities=equalities,
+        drift=drift, versions=versions(),
+        problems=(*checkpoint.problems, *named.problems, *unsafe.values(), *beside.problems, *unequal),
+    )  # fmt: skip
 
 
 def versions() -> dict[str, str]:
@@ -142,49 +118,6 @@ def _is_utf8(name: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
-
-
-def _comparisons(checkpoint: Checkpoint, ties: tuple[Tie, ...]) -> tuple[tuple[Equality, ...], tuple[Equality, ...]]:
-    """What must be equal: replicas of one piece, and both sides of a tie. Small ones are compared while planning.
-
-    As many replicas of a tensor as fit in 1 MiB are compared, and at least one.
-    """
-    small: list[Equality] = []
-    large: list[Equality] = []
-    budget = _PROBED_IN_ALL
-    for equality in (*_replicas(checkpoint), *_ties(ties)):
-        if equality.nbytes <= _PROBED and budget >= equality.nbytes:
-            small.append(equality)
-            budget -= equality.nbytes
-        else:
-            large.append(equality)
-    return tuple(small), tuple(large)
-
-
-def _replicas(checkpoint: Checkpoint) -> Iterator[Equality]:
-    for tensor in checkpoint.tensors.values():
-        for chunk in tensor.chunks:
-            if not chunk.box.numel:
-                continue
-            count = max(_PROBED // max(chunk.stored.nbytes, 1), 1)
-            for rank, replica in chunk.replicas[:count]:
-                yield Equality(tensor.name, chunk.stored, replica, (chunk.rank, rank), chunk.box)
-
-
-def _ties(ties: tuple[Tie, ...]) -> Iterator[Equality]:
-    for tie in ties:
-        a, b = tie.stored, tie.kept_stored
-        if a is not None and b is not None and a.shape == b.shape and a.dtype == b.dtype and a != b:
-            yield Equality(tie.name, a, b, kept=tie.kept)
-
-
-def _probe(equalities: tuple[Equality, ...]) -> tuple[tuple[Drift, ...], list[Problem]]:
-    """Compares the small ones now."""
-    found = Comparison()
-    with LocalFiles() as sources:
-        for equality in equalities:
-            found.compare(equality, _BUFFER, sources)
-    return tuple(found.drift), found.problems
 
 
 def _execution(files: tuple[OutputFile, ...], options: MergeOptions) -> Execution:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from nbmerge.plan import Drift, MergePlan
+from nbmerge.plan import Drift, MergePlan, OutputFile
 
 RECEIPT_NAME = "nbmerge_receipt.json"
 _SCHEMA = 1
@@ -17,25 +17,47 @@ _CHUNK = 2**20
 
 def receipt(plan: MergePlan, digests: Mapping[str, str], drift: Sequence[Drift]) -> dict[str, Any]:
     """The receipt of a plan that was carried out. digests: sha256 by file name, or empty; drift: copies that differ."""
-    checkpoint = plan.checkpoint
     return {
         "schema": _SCHEMA,
         "plan_digest": plan.digest,
         "versions": dict(plan.versions),
-        "source": {
-            "path": str(checkpoint.path.absolute()),
-            "backend": checkpoint.backend,
-            "layout": checkpoint.layout,
-            "world_size": checkpoint.world_size,
-            "mesh": [str(axis) for axis in checkpoint.mesh],
-            "config_dir": str(plan.config_dir.absolute()),
-            "overrides": dict(checkpoint.overrides),
-            "files": [
-                {"name": f.path.name, "role": f.role, "bytes": f.size, "mtime_ns": f.mtime_ns} for f in checkpoint.files
-            ],
-        },
+        "source": _source(plan),
         "options": _plain(plan.options.given()),
         "model": {"class": plan.model_class, "source_names": plan.dialect, "renamed": plan.renamed},
+        **_changes(plan),
+        "compared": [equality.name for equality in (*plan.probed, *plan.equalities)],
+        "drift": [
+            {"tensor": d.name, "piece": str(d.box), "ranks": [*d.ranks], "written": d.ranks[0], "first": [*d.index]}
+            for d in drift
+        ],
+        "files": [_file(file, digests) for file in plan.files],
+        "left_out": list(plan.left_out),
+        "side_files": [file.name for file in plan.side_files],
+        "total_size": plan.data_bytes,
+    }
+
+
+def _source(plan: MergePlan) -> dict[str, Any]:
+    """What was read."""
+    checkpoint = plan.checkpoint
+    return {
+        "path": str(checkpoint.path.absolute()),
+        "backend": checkpoint.backend,
+        "layout": checkpoint.layout,
+        "world_size": checkpoint.world_size,
+        "mesh": [str(axis) for axis in checkpoint.mesh],
+        "config_dir": str(plan.config_dir.absolute()),
+        "overrides": dict(checkpoint.overrides),
+        "files": [
+            {"name": file.path.name, "role": file.role, "bytes": file.size, "mtime_ns": file.mtime_ns}
+            for file in (*checkpoint.files, *plan.base_files)
+        ],
+    }
+
+
+def _changes(plan: MergePlan) -> dict[str, Any]:
+    """What is not as the checkpoint has it."""
+    return {
         "casts": [{"tensor": cast.name, "from": cast.before.name, "to": cast.after.name} for cast in plan.casts],
         "drops": [{"tensor": drop.name, "reason": drop.reason} for drop in plan.drops],
         "ties": [{"tensor": tie.name, "kept": tie.kept} for tie in plan.ties],
@@ -43,30 +65,12 @@ def receipt(plan: MergePlan, digests: Mapping[str, str], drift: Sequence[Drift])
         "fills": [{"tensor": fill.name, "from": fill.origin, "reason": fill.reason} for fill in plan.fills],
         "unloaded": list(plan.unloaded),
         "config_edits": {key: {"from": a, "to": b} for key, (a, b) in plan.config_edits.items()},
-        "compared": [equality.name for equality in (*plan.probed, *plan.equalities)],
-        "drift": [
-            {
-                "tensor": d.name,
-                "piece": str(d.box),
-                "ranks": list(d.ranks),
-                "written": d.ranks[0],
-                "first": list(d.index),
-            }
-            for d in drift
-        ],
-        "files": [
-            {
-                "name": file.name,
-                "bytes": file.size,
-                "tensors": len(file.tensors),
-                **({"sha256": digests[file.name]} if file.name in digests else {}),
-            }
-            for file in plan.files
-        ],
-        "left_out": list(plan.left_out),
-        "side_files": [file.name for file in plan.side_files],
-        "total_size": plan.data_bytes,
     }
+
+
+def _file(file: OutputFile, digests: Mapping[str, str]) -> dict[str, Any]:
+    entry: dict[str, Any] = {"name": file.name, "bytes": file.size, "tensors": len(file.tensors)}
+    return {**entry, "sha256": digests[file.name]} if file.name in digests else entry
 
 
 def _plain(options: Mapping[str, object]) -> dict[str, object]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -29,3 +30,17 @@ def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory):
         return made[name]
 
     return get
+
+
+@pytest.fixture
+def ckpt(tmp_path: Path) -> Path:
+    """A small FSDP2 checkpoint of a tiny Llama."""
+    from tests.support.models import write_model_world
+
+    return write_model_world(tmp_path / "run" / "actor", "llama")
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    """A target that does not exist."""
+    return tmp_path / "out"

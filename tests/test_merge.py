@@ -31,16 +31,6 @@ from tests.support.results import assert_same, bits_of_all, content_of, receipt_
 from tests.support.worlds import rank_file, write_mesh_world, write_ranks
 
 
-@pytest.fixture
-def ckpt(tmp_path: Path) -> Path:
-    return write_model_world(tmp_path / "run" / "actor", "llama")
-
-
-@pytest.fixture
-def out(tmp_path: Path) -> Path:
-    return tmp_path / "out"
-
-
 def assert_is_the_merge(directory: Path) -> None:
     assert_same(saved_bits(directory), bits_of_all(memory_state("llama")))
 
@@ -171,9 +161,9 @@ class TestReplicas:
     def test_that_drifted_apart_are_told_and_the_lowest_rank_is_written(
         self, tmp_path: Path, out: Path, probed: int, monkeypatch: pytest.MonkeyPatch
     ):
-        from nbmerge import planning
+        from nbmerge import equalities
 
-        monkeypatch.setattr(planning, "_PROBED", probed)
+        monkeypatch.setattr(equalities, "_PROBED", probed)
         report = nbmerge.merge(self.drifted(tmp_path / "ckpt", 13), out)
         assert [drift.name for drift in report.drift] == ["model.norm.weight"]
         (told,) = receipt_of(out)["drift"]
@@ -456,9 +446,7 @@ class TestTheFunctions:
     def test_an_unknown_option_is_named(self, ckpt: Path):
         assert_says(refusal(OptionError, nbmerge.plan_merge, ckpt, max_shard="5GB"), "no option is named max_shard")
 
-    @pytest.mark.parametrize(
-        "option", [{"lora": "fold"}, {"weights": "master"}, {"hf_upload_path": "a/b"}]
-    )
+    @pytest.mark.parametrize("option", [{"lora": "fold"}, {"weights": "master"}, {"hf_upload_path": "a/b"}])
     def test_what_this_version_does_not_do_is_said_in_a_sentence(self, ckpt: Path, out: Path, option: dict[str, str]):
         message = refusal(NotSupportedError, nbmerge.merge, ckpt, out, **option)
         assert_says(message, "not supported yet", "fix:")

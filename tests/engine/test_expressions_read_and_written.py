@@ -173,6 +173,36 @@ class TestSubstitute:
         assert ex.substitute(rule, {"v": rule}) is rule
 
 
+class TestViewsOfStoredTensors:
+    """Views that are taken of what a tensor is made of read as views of the tensor."""
+
+    @examples(60)
+    @given(data=st.data())
+    def test_rows_are_those_of_the_tensor_and_stack_to_it_again(self, path: Path, data: st.DataObject):
+        forest = Forest(path, data.draw)
+        shape = data.draw(st.tuples(*[st.integers(1, 4)] * 3))
+        expr, want = forest.tree(shape, BY_NAME["bfloat16"], 2)
+        forest.write()
+        rows = ex.rows_of(expr)
+        assert [row.shape for row in rows] == [shape[1:]] * shape[0]
+        with LocalFiles() as sources:
+            for row, real in zip(rows, want, strict=True):
+                assert read(row, Box.whole(row.shape), sources).tobytes() == data_of(real)
+            again = ex.stack(rows)
+            assert read(again, Box.whole(shape), sources).tobytes() == data_of(want)
+
+    def test_a_paste_of_single_rows_gives_them_up_without_its_other_parts(self):
+        stored = [ex.Stored("f", 16 * row, (1, 4), (4, 1), BY_NAME["float32"]) for row in range(3)]
+        rows = ex.rows_of(ex.Paste((3, 4), BY_NAME["float32"], tuple(((i, 0), part) for i, part in enumerate(stored))))
+        assert rows == [ex.Stored("f", 16 * row, (4,), (1,), BY_NAME["float32"]) for row in range(3)]
+
+    def test_a_slice_of_a_paste_is_the_parts_that_it_touches(self):
+        halves = [ex.Stored("f", 48 * half, (3, 4), (4, 1), BY_NAME["float32"]) for half in range(2)]
+        assert ex.narrow(ex.cat(halves, 0), 0, 3, 3) == halves[1]
+        both = ex.narrow(ex.cat(halves, 0), 0, 2, 2)
+        assert [part.shape for _, part in both.parts] == [(1, 4), (1, 4)]  # type: ignore[attr-defined]
+
+
 class TestBuilders:
     source = ex.Input("w", (4, 6), BY_NAME["float32"])
 

@@ -20,16 +20,6 @@ from tests.support.results import assert_same, bits_of_all, content_of, saved_bi
 from tests.support.worlds import write_ranks
 
 
-@pytest.fixture
-def ckpt(tmp_path: Path) -> Path:
-    return write_model_world(tmp_path / "run" / "actor", "llama")
-
-
-@pytest.fixture
-def out(tmp_path: Path) -> Path:
-    return tmp_path / "out"
-
-
 def assert_is_the_merge(directory: Path) -> None:
     assert_same(saved_bits(directory), bits_of_all(memory_state("llama")))
     assert {"config.json", "tokenizer_config.json", "nbmerge_receipt.json"} <= {
