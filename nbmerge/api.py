@@ -95,6 +95,7 @@ def merge(
     mesh_dim_names: str | tuple[str, ...] | None = None,
     mesh_shape: str | tuple[int, ...] | None = None,
     placements: PathLike | Mapping[str, Any] | None = None,
+    allow_drift: bool = False,
     base_model: PathLike | None = None,
     lora: str | None = None,
     weights: str | None = None,

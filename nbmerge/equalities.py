@@ -16,15 +16,19 @@ _PROBED = 2**20  # bytes of one tensor's replicas that are compared while planni
 _PROBED_IN_ALL = 64 * 2**20
 
 
-def comparisons(checkpoint: Checkpoint, ties: tuple[Tie, ...]) -> tuple[tuple[Equality, ...], tuple[Equality, ...]]:
+def comparisons(
+    checkpoint: Checkpoint, ties: tuple[Tie, ...], *, allow_drift: bool
+) -> tuple[tuple[Equality, ...], tuple[Equality, ...]]:
     """What must be equal: replicas of one piece, and both sides of a tie. Small ones are compared while planning.
 
-    As many replicas of a tensor as fit in 1 MiB are compared, and at least one.
+    allow_drift: whether replicas may differ even where the framework keeps them equal. As many replicas of a tensor as
+    fit in 1 MiB are compared, and at least one.
     """
     small: list[Equality] = []
     large: list[Equality] = []
     budget = _PROBED_IN_ALL
-    for equality in (*_replicas(checkpoint), *_ties(ties)):
+    strict = checkpoint.strict_copies and not allow_drift
+    for equality in (*_replicas(checkpoint, strict), *_ties(ties)):
         if equality.nbytes <= _PROBED and budget >= equality.nbytes:
             small.append(equality)
             budget -= equality.nbytes
@@ -33,14 +37,14 @@ def comparisons(checkpoint: Checkpoint, ties: tuple[Tie, ...]) -> tuple[tuple[Eq
     return tuple(small), tuple(large)
 
 
-def _replicas(checkpoint: Checkpoint) -> Iterator[Equality]:
+def _replicas(checkpoint: Checkpoint, strict: bool) -> Iterator[Equality]:
     for tensor in checkpoint.tensors.values():
         for chunk in tensor.chunks:
             if not chunk.box.numel:
                 continue
             count = max(_PROBED // max(chunk.stored.nbytes, 1), 1)
             for rank, replica in chunk.replicas[:count]:
-                yield Equality(tensor.name, chunk.stored, replica, (chunk.rank, rank), chunk.box)
+                yield Equality(tensor.name, chunk.stored, replica, (chunk.rank, rank), chunk.box, strict)
 
 
 def _ties(ties: tuple[Tie, ...]) -> Iterator[Equality]:

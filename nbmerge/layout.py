@@ -129,6 +129,7 @@ class Checkpoint(Displayed):
     mesh: the device mesh that most tensors lie on; config_dir: where config.json and the tokenizer are;
     notes: what a reader should know (files left alone, overrides); problems: what is wrong with it;
     names: whose names the tensors have, `transformers` (its own or published ones) or `megatron`;
+    strict_copies: whether ranks that hold one tensor must hold equal copies of it, as Megatron keeps them;
     origin: for tensors that no file of `files` holds, what tells this checkpoint from another.
     """
 
@@ -144,6 +145,7 @@ class Checkpoint(Displayed):
     notes: tuple[str, ...] = ()
     overrides: Mapping[str, object] = field(default_factory=dict)
     names: str = "transformers"
+    strict_copies: bool = False
     origin: str = ""
     problems: tuple[Problem, ...] = ()
 

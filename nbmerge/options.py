@@ -60,6 +60,10 @@ class MergeOptions:
         None, "override: JSON file of name pattern → placements, e.g. {\"*\": [\"Shard(0)\"]}", shapes=True,
         metavar="FILE", path=True,
     )  # fmt: skip
+    allow_drift: bool = _option(
+        False, "merge although ranks of a Megatron checkpoint hold different copies of a tensor; each is listed",
+        shapes=True,
+    )  # fmt: skip
     base_model: str | None = _option(
         None, "directory of a base model that fills what is missing", shapes=True, metavar="DIR", path=True
     )

@@ -81,7 +81,8 @@ class CastNote:
 class Equality:
     """Two tensors that should hold the same bytes, of which only `a` is written.
 
-    ranks, box: for copies of one piece of `name`, whose they are and which piece. Training can leave them different.
+    ranks, box: for copies of one piece of `name`, whose they are and which piece. Training can leave them different,
+    unless `strict`.
     kept: for a tied weight, the name that is written. If `name` differs from it, the merge would lose it.
     """
 
@@ -90,6 +91,7 @@ class Equality:
     b: Expr
     ranks: tuple[int, int] | None = None
     box: Box | None = None
+    strict: bool = False
     kept: str = ""
 
     @property

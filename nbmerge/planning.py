@@ -44,7 +44,7 @@ def make_plan(checkpoint: Checkpoint, model: HFModel, options: MergeOptions) -> 
     files = deal(safe, parse_size(options.max_shard_size))
     edits, config = edited_config(model, outputs, options, facts)
     beside = side_files(model.config_dir, files, config)
-    probed, equalities = comparisons(checkpoint, named.ties)
+    probed, equalities = comparisons(checkpoint, named.ties, allow_drift=options.allow_drift)
     _log.debug("%s: %d outputs; comparing %d small copies", facts.class_name, len(outputs), len(probed))
     drift, unequal = probe(probed)
     return MergePlan(

@@ -40,7 +40,10 @@ class Comparison:
             return
         if equality.ranks is not None and equality.box is not None:
             at = tuple(start + i for start, i in zip(equality.box.offset, index, strict=True))
-            self.drift.append(Drift(equality.name, equality.ranks, equality.box, at))
+            if equality.strict:
+                self.problems.append(_unequal_copies(equality.name, equality.ranks, at))
+            else:
+                self.drift.append(Drift(equality.name, equality.ranks, equality.box, at))
             return
         self.problems.append(
             Problem(
@@ -50,3 +53,13 @@ class Comparison:
                 kind="contradiction",
             )
         )
+
+
+def _unequal_copies(name: str, ranks: tuple[int, int], at: Shape) -> Problem:
+    return Problem(
+        f"{name}: ranks {ranks[0]} and {ranks[1]} hold different copies of it, first at {list(at)}",
+        why="the files are of two saves, or training let copies drift apart that should be equal",
+        fix="copy the files of all ranks again from one save; or write the lowest rank's copies all the same, and "
+        "list what differs: --allow_drift",
+        kind="contradiction",
+    )

@@ -8,16 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar
 
 from nbmerge.dtypes import DType
-from nbmerge.errors import CorruptFileError, NotACheckpointError
+from nbmerge.errors import CorruptFileError, InconsistentCheckpointError, NotACheckpointError
 from nbmerge.geometry import Box, Shape
 from nbmerge.loaders.standins import Function, StandIn
 from nbmerge.loaders.unpickle import InertUnpickler, run
 
 METADATA = ".metadata"
+_MOST = 1 << 63
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,38 +167,42 @@ def read_index(directory: Path, *, trust_pickle: bool = False) -> Index:
     not need, and CorruptFileError for one that is damaged or says less than where each chunk is.
     """
     path = directory / METADATA
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError as error:
+    if not path.is_file():
         raise NotACheckpointError(
             "there is no .metadata, the index of a distributed checkpoint", where=str(directory),
             why="it is written last: saving was stopped, or the file was left behind when the rest was copied "
             "(its name begins with a dot)",
             fix="copy it from where the checkpoint was saved, or use an older step",
-        ) from error  # fmt: skip
-    found = run(InertUnpickler(data, path, allowed=_ALLOWED, trust_pickle=trust_pickle), path)
+        )  # fmt: skip
+    found = run(InertUnpickler(path.read_bytes(), path, allowed=_ALLOWED, trust_pickle=trust_pickle), path)
     try:
-        return _index(found)
-    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        index = _index(found)
+    except Exception as error:  # any object can stand anywhere in a pickle
         raise CorruptFileError(
             f"the index is not as torch writes it: {type(error).__name__}: {error}", where=str(path),
             why="it is damaged, or of a version that is not known",
             fix="copy it again from the machine that trained",
         ) from error  # fmt: skip
+    _refuse_shared_bytes(index, path)
+    return index
 
 
 def _index(metadata: Any) -> Index:
     if not isinstance(metadata, _Metadata):
         raise TypeError(f"it holds a {type(metadata).__name__}")
     entries = metadata.get("state_dict_metadata")
+    if not isinstance(entries, dict):
+        raise TypeError("it has no names of tensors")
     places = _places(metadata.get("storage_data"))
     tensors: dict[str, TensorEntry] = {}
     objects: list[str] = []
     for name, entry in entries.items():
+        if not isinstance(name, str):
+            raise TypeError(f"a {type(name).__name__} in the place of a name")
         if isinstance(entry, _Tensor):
-            tensors[str(name)] = _tensor(str(name), entry, places)
+            tensors[name] = _tensor(name, entry, places)
         else:
-            objects.append(str(name))
+            objects.append(name)
     return Index(tensors, tuple(objects))
 
 
@@ -208,9 +214,15 @@ def _places(storage: Mapping[Any, Any]) -> _Places:
     places: _Places = {}
     for key, info in storage.items():
         offset = key.get("offset")
-        if offset is not None:  # None for objects
-            place = (str(info.get("relative_path")), _natural(info.get("offset")), _natural(info.get("length")))
-            places[key.get("fqn"), tuple(offset)] = place
+        if offset is None:  # an object's
+            continue
+        name, file = key.get("fqn"), info.get("relative_path")
+        if not isinstance(name, str) or not isinstance(file, str):
+            raise TypeError("bytes without the name of their tensor or of their file")
+        at = (name, _shape(offset))
+        place = (file, _natural(info.get("offset")), _natural(info.get("length")))
+        if places.setdefault(at, place) != place:
+            raise ValueError(f"the chunk of {name} at {list(at[1])} is said to be in two places")
     return places
 
 
@@ -218,20 +230,47 @@ def _tensor(name: str, entry: _Tensor, places: _Places) -> TensorEntry:
     dtype = entry.get("properties").get("dtype")
     if not isinstance(dtype, DType):
         raise TypeError(f"{name} has no dtype")
+    shape = _shape(entry.get("size"))
+    boxes = dict.fromkeys(Box(_shape(chunk.get("offsets")), _shape(chunk.get("sizes"))) for chunk in entry.get("chunks"))
     chunks: list[StoredChunk] = []
-    for chunk in entry.get("chunks"):
-        box = Box(_shape(chunk.get("offsets")), _shape(chunk.get("sizes")))
+    for box in boxes:
+        if not len(box.offset) == len(box.shape) == len(shape):
+            raise ValueError(f"{name} has {len(shape)} dimensions, and a chunk of it {len(box.shape)}")
+        if not box.numel and 0 not in shape:
+            continue  # of a rank without rows; the next rank's chunk may begin at the same place
         if (name, box.offset) not in places:
-            raise KeyError(f"no bytes are named for the chunk of {name} at {list(box.offset)}")
+            raise ValueError(f"no bytes are named for the chunk of {name} at {list(box.offset)}")
         chunks.append(StoredChunk(box, *places[name, box.offset]))
-    return TensorEntry(_shape(entry.get("size")), dtype, tuple(chunks))
+    if not chunks:
+        raise ValueError(f"{name} has no chunks")
+    return TensorEntry(shape, dtype, tuple(chunks))
 
 
 def _shape(sizes: Any) -> Shape:
-    return tuple(_natural(size) for size in sizes)
+    if not isinstance(sizes, (tuple, list)):
+        raise TypeError(f"a {type(sizes).__name__} in the place of sizes")
+    return tuple(map(_natural, sizes))
 
 
 def _natural(number: Any) -> int:
-    if not isinstance(number, int) or number < 0:
-        raise ValueError(f"{number!r} is no size")
+    if type(number) is not int:
+        raise TypeError(f"a {type(number).__name__} in the place of a number")
+    if not 0 <= number < _MOST:
+        raise ValueError(f"the number {number:.3e} in the place of a size" if number >= 0 else "a size below 0")
     return number
+
+
+def _refuse_shared_bytes(index: Index, path: Path) -> None:
+    """Every chunk has bytes of its own. Damage to a file name or an offset shows here, where both have the same form."""
+    places = sorted(
+        (chunk.file, chunk.offset, chunk.offset + chunk.length, name)
+        for name, entry in index.tensors.items()
+        for chunk in entry.chunks
+    )
+    for (file, _, end, name), (other_file, start, _, other) in pairwise(places):
+        if file == other_file and start < end:
+            raise InconsistentCheckpointError(
+                f"the index puts {other} where {name} is: byte {start:,} of {file} belongs to both", where=str(path),
+                why="the index is damaged or was edited: each chunk has bytes of its own",
+                fix="copy it again from the machine that trained",
+            )  # fmt: skip

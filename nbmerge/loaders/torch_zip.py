@@ -133,16 +133,31 @@ class TorchZip:
         return info
 
     def _data_offset(self, info: zipfile.ZipInfo) -> int:
-        """Where the record's bytes begin: its local header is not as long as its directory entry says."""
+        """Where the record's bytes begin: its local header is not as long as its directory entry says.
+
+        A damaged length in it would shift the tensor, so that all that stands in the header must fit together.
+        """
         fd = os.open(self.path, os.O_RDONLY)
         try:
-            header = os.pread(fd, _LOCAL_HEADER.size, self._start + info.header_offset)
+            header = os.pread(fd, _LOCAL_HEADER.size + 2 * 0xFFFF, self._start + info.header_offset)
         finally:
             os.close(fd)
         if len(header) < _LOCAL_HEADER.size or not header.startswith(_LOCAL_SIGNATURE):
             raise self._cut_short(f"no local header for {info.filename} at byte {info.header_offset:,}")
-        *_, name_length, extra_length = _LOCAL_HEADER.unpack(header)
-        offset = info.header_offset + _LOCAL_HEADER.size + int(name_length) + int(extra_length)
+        *_, name_length, extra_length = _LOCAL_HEADER.unpack_from(header)
+        name_end = _LOCAL_HEADER.size + int(name_length)
+        extra = header[name_end : name_end + int(extra_length)]
+        if header[_LOCAL_HEADER.size : name_end] != info.orig_filename.encode() or not _is_whole(extra):
+            raise self._cut_short(f"the local header of {info.filename} is not of this record")
+        offset = info.header_offset + name_end + int(extra_length)
         if offset + info.file_size > self._size:
             raise self._cut_short(f"record {info.filename} would end at byte {offset + info.file_size:,}")
         return self._start + offset
+
+
+def _is_whole(extra: bytes) -> bool:
+    """Whether the fields of a local header's extra part, each a kind and a length, fill it exactly."""
+    at = 0
+    while at + 4 <= len(extra):
+        at += 4 + int.from_bytes(extra[at + 2 : at + 4], "little")
+    return at == len(extra)

@@ -17,6 +17,7 @@ from nbmerge.errors import CheckpointError, CorruptFileError, UnsafePickleError
 from nbmerge.expressions import Stored
 from nbmerge.geometry import Shape
 from nbmerge.loaders import standins
+from nbmerge.loaders.opcodes import refuse_excess
 from nbmerge.loaders.torch_zip import TorchZip
 
 
@@ -95,6 +96,7 @@ class InertUnpickler(pickle.Unpickler):
         allowed: Mapping[tuple[str, str], Any] | None = None,
         trust_pickle: bool = False,
     ) -> None:
+        refuse_excess(data, path)
         super().__init__(io.BytesIO(data))
         self._path, self._archive, self._trusted = path, archive, trust_pickle
         self._table = {**standins.TABLE, **_FUNCTIONS, **(allowed or {})}
@@ -117,7 +119,7 @@ class InertUnpickler(pickle.Unpickler):
     def persistent_load(self, pid: Any) -> Storage:
         """A storage, by its record: ("storage", type, key, location, elements). The location means nothing here."""
         if not isinstance(pid, tuple) or len(pid) < 5 or pid[0] != "storage" or self._archive is None:
-            raise pickle.UnpicklingError(f"unknown persistent id {pid!r}")
+            raise pickle.UnpicklingError(f"a persistent id that is not torch's, a {type(pid).__name__}")
         dtype, key = pid[1], str(pid[2])
         if not isinstance(dtype, DType):
             raise pickle.UnpicklingError(f"storage {key} has no known element type")

@@ -251,8 +251,11 @@ def _inputs(work: _Naming, wanted: Mapping[str, Shape]) -> dict[str, Expr]:
 
 def _stray_problem(work: _Naming, name: str, candidates: Iterable[str]) -> Problem:
     near = difflib.get_close_matches(name, candidates, n=1)
+    source, shape = work.given.sources.get(name), list(work.sources[name].shape)
     return Problem(
-        f"no rule takes {name} of shape {list(work.sources[name].shape)}",
+        f"{source} becomes {name} of shape {shape}, which nothing takes"
+        if source
+        else f"no rule takes {name} of shape {shape}",
         where=f"nearest: {near[0]}" if near else "",
         why=f"{work.facts.class_name} has no such tensor",
         fix="check that config.json is the trained model's: --hf_model_config_path DIR",

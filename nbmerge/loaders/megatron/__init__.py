@@ -69,6 +69,7 @@ class MegatronLoader(Loader):
             evidence=place.evidence,
             notes=contents.notes,
             names="megatron",
+            strict_copies=True,
         )
 
 

@@ -64,7 +64,10 @@ def missing(names: Sequence[str], held: Iterable[str], family: Family) -> list[P
         else:
             by_row.setdefault(_NUMBERS.sub("N", name), []).append(name)
     problems = [_layers_gone(list(gone))] if gone else []
-    targets = {target: row for row, rule in _targets(family) for target in rule}
+    targets: dict[str, str] = {}
+    for row_of_rule, made in _targets(family):
+        for target in made:
+            targets.setdefault(target, row_of_rule)  # a decoder's before that of multi-token prediction
     for row, members in by_row.items():
         source = next((targets[t] for t in targets if row.endswith(t.replace("{e}", "N"))), None)
         more = f" and {len(members) - 1:,} more like it" if members[1:] else ""

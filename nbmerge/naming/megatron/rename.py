@@ -72,7 +72,8 @@ def apply(family: Family, found: Canonical, sizes: Sizes, work: Renamed) -> None
         try:
             made = list(match.rule.apply(expr, match.names, sizes, match.expert))
         except (Misfit, LookupError) as error:
-            work.problems.append(misfit(source, error))
+            if (problem := misfit(source, error)) not in work.problems:  # a stacked tensor's layers all have it
+                work.problems.append(problem)
             for missing in match.names:  # told already
                 work.sources[missing] = source
             continue
