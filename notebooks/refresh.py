@@ -29,6 +29,7 @@ def run(path: Path, directory: Path) -> Any:
         kernel_name="python3",
         resources={"metadata": {"path": str(directory)}},
         record_timing=False,
+        coalesce_streams=True,  # else it is chance how many pieces a print comes in
     )
     client.execute()
     for cell in notebook.cells:

@@ -22,7 +22,7 @@ from tests.support.messages import assert_says
 from tests.support.results import assert_same, saved_bits
 
 VARIABLE = "NBMERGE_CHECKPOINTS"
-BACKENDS = ("fsdp",)  # a further case's name begins with the one that reads it
+BACKENDS = ("fsdp", "megatron")  # a further case's name begins with the one that reads it
 COMMITTED = sorted(path.parent for path in (Path(__file__).parent / "data").glob("*/case.json"))
 
 
@@ -33,7 +33,7 @@ def further_cases() -> list[Path]:
 
 
 @pytest.mark.parametrize("folder", COMMITTED, ids=lambda folder: folder.name)
-def test_a_checkpoint_of_another_torch_is_merged_bit_by_bit(folder: Path, tmp_path: Path):
+def test_a_checkpoint_of_another_version_is_merged_bit_by_bit(folder: Path, tmp_path: Path):
     merged_or_refused(folder, tmp_path)
 
 

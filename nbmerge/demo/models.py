@@ -90,6 +90,8 @@ def build_model(recipe: Recipe) -> Any:
         model.register_buffer("steps_seen", torch.tensor(0))
         model.register_buffer("tokens_seen", torch.zeros(5, dtype=torch.int64))
     fill(model, recipe.seed)
+    if recipe.is_megatron and hasattr(model, "score"):
+        torch.nn.init.zeros_(model.score.bias)  # Megatron's value head has none, which is as good as one of zeros
     return model.to(config.dtype).eval()
 
 

@@ -7,7 +7,8 @@ from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, field
 from itertools import pairwise
 
-_NUMBER = re.compile(r"(?<![^.])(0|[1-9][0-9]{0,8})(?![^.])")  # a whole part of the name, between dots
+# A whole part of the name, between dots, or what transformer_engine's grouped experts end in: `linear_fc1.weight17`.
+_NUMBER = re.compile(r"(?:(?<![^.])|(?<=\.weight)|(?<=\.bias))(0|[1-9][0-9]{0,8})(?![^.])")
 _LISTED = 4  # numbers that are listed one by one where they make no range
 
 
@@ -29,7 +30,7 @@ class Group:
         if len(self.members) == 1:
             return self.members[0]
         first, *rest = self.parts
-        return first + "".join(_in_words(found) + part for found, part in zip(self.numbers, rest, strict=True))
+        return first + "".join(_braced(found) + part for found, part in zip(self.numbers, rest, strict=True))
 
 
 def collapse(named: Iterable[tuple[str, Hashable]]) -> list[Group]:
@@ -47,16 +48,22 @@ def collapse(named: Iterable[tuple[str, Hashable]]) -> list[Group]:
     return list(groups.values())
 
 
-def _in_words(digits: set[str]) -> str:
-    """`{0..35}`, `{0, 2, 5}`, `{0..94 step 2}`, `7`, or both ends and how many."""
-    ordered = sorted(map(int, digits))
+def _braced(digits: set[str]) -> str:
+    """`{0..35}`; a single number stays as it is."""
+    words = numbers_in_words(map(int, digits))
+    return words if len(digits) == 1 else f"{{{words}}}"
+
+
+def numbers_in_words(numbers: Iterable[int]) -> str:
+    """`0..35`, `0, 2, 5`, `0..94 step 2`, `7`, or both ends and how many; `·` for none."""
+    ordered = sorted(set(numbers))
+    if not ordered:
+        return "·"
     if len(ordered) == 1:
         return str(ordered[0])
     step = ordered[1] - ordered[0]
-    if len(ordered) > 2 and all(b - a == step for a, b in pairwise(ordered)):
-        return f"{{{ordered[0]}..{ordered[-1]}}}" if step == 1 else f"{{{ordered[0]}..{ordered[-1]} step {step}}}"
-    if len(ordered) == 2 and step == 1:
-        return f"{{{ordered[0]}..{ordered[1]}}}"
+    if all(b - a == step for a, b in pairwise(ordered)) and (len(ordered) > 2 or step == 1):
+        return f"{ordered[0]}..{ordered[-1]}" + (f" step {step}" if step > 1 else "")
     if len(ordered) <= _LISTED:
-        return f"{{{', '.join(map(str, ordered))}}}"
-    return f"{{{len(ordered):,} of {ordered[0]}..{ordered[-1]}}}"
+        return ", ".join(map(str, ordered))
+    return f"{len(ordered):,} of {ordered[0]}..{ordered[-1]}"

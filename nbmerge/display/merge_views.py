@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from nbmerge.display import words
+from nbmerge.display.change_views import ZEROS, change_tables, changes_in_words
 from nbmerge.display.checkpoint_views import dtypes_in_words, problem_alerts
-from nbmerge.display.collapse import collapse
 from nbmerge.display.model import ATTENTION, Alert, Cell, Column, Fact, Section, Table, View
 from nbmerge.errors import ConfigError, listing, plural
 from nbmerge.naming.model import auto_class_name
@@ -63,7 +63,7 @@ def _would(plan: MergePlan) -> str:
     count = sum(len(file.tensors) for file in plan.files)
     return (
         f"will write {plural(count, 'tensor')}, {words.byte_size(plan.data_bytes)}, "
-        f"of {plan.model_class} to {plural(len(plan.files), 'safetensors file')}"
+        f"of {plan.model_class} to {plural(len(plan.files), 'safetensors file')}{changes_in_words(plan)}"
     )
 
 
@@ -80,6 +80,7 @@ def _plan_facts(plan: MergePlan) -> Iterator[Fact]:
     yield Fact("bytes", f"{words.exact_bytes(plan.total_bytes)} in all files")
     yield Fact("dtype", _dtypes(plan))
     yield Fact("names", _names(plan))
+    yield from _base_fact(plan)
     yield Fact(
         "peak memory",
         f"{words.byte_size(run.peak_bytes)} at most: {plural(run.workers, 'worker')}, "
@@ -90,13 +91,22 @@ def _plan_facts(plan: MergePlan) -> Iterator[Fact]:
         yield Fact("options", words.elide(", ".join(f"{k}={words.value_in_words(v)}" for k, v in given.items()), 300))
 
 
+def _base_fact(plan: MergePlan) -> Iterator[Fact]:
+    """The base model, where anything is read from it."""
+    if plan.base_files:
+        count = sum(fill.origin != ZEROS for fill in plan.fills)
+        where = words.elide(str(plan.base_files[0].path.parent), 2 * words.NAME_LIMIT)
+        text = f"{where}: {plural(count, 'tensor')} from {plural(len(plan.base_files), 'file')}"
+        yield Fact("base model", text)
+
+
 def _report_sentence(report: MergeReport, target: Path) -> str:
     plan = report.plan
     count = sum(len(file.tensors) for file in plan.files)
     return (
         f"merged {plural(count, 'tensor')}, {words.byte_size(plan.data_bytes)}, of {plan.model_class} "
         f"into {words.elide(str(target))}" + (" and verified them" if report.verification else "")
-    )
+    ) + changes_in_words(plan)
 
 
 def _report_facts(report: MergeReport, target: Path) -> Iterator[Fact]:
@@ -112,6 +122,7 @@ def _report_facts(report: MergeReport, target: Path) -> Iterator[Fact]:
         yield Fact("reused", words.elide(text, words.PROSE_LIMIT))
     yield Fact("dtype", _dtypes(plan))
     yield Fact("names", _names(plan))
+    yield from _base_fact(plan)
     if report.receipt:
         yield Fact("receipt", RECEIPT_NAME, code=True)
 
@@ -127,8 +138,15 @@ def _dtypes(plan: MergePlan) -> str:
 def _names(plan: MergePlan) -> str:
     where = {"hub": "as published checkpoints have them", "transformers": "as transformers has them in memory"}
     wanted = where.get(plan.options.dialect, plan.options.dialect)
-    changed = f"{plural(plan.renamed, 'tensor')} renamed or cut" if plan.renamed else "unchanged"
-    return f"{wanted}; {changed}"
+    if not plan.renamed:
+        return f"{wanted}; unchanged"
+    return f"{wanted}; {plural(plan.renamed, 'tensor')} renamed or cut from {_source_names(plan.dialect)}"
+
+
+def _source_names(dialect: str) -> str:
+    """`megatron (qwen2) names`: whose names the checkpoint's tensors have."""
+    known = {"hub": "published names", "transformers": "transformers' names in memory"}
+    return known.get(dialect, f"{words.elide(dialect)} names")
 
 
 def _drift_alert(drift: Sequence[Drift]) -> Iterator[Alert]:
@@ -150,7 +168,7 @@ def _plan_sections(plan: MergePlan, drift: Sequence[Drift], *, done: bool = Fals
     yield _files_section(plan, done=done)
     if drift:
         yield _drift_section(drift)
-    changes = [table for table in _change_tables(plan) if table.rows]
+    changes = [table for table in change_tables(plan) if table.rows]
     if changes:
         summary = ", ".join(table.title.partition(":")[0] for table in changes)
         yield Section("Changes", summary, tables=tuple(changes), opened=len(changes) < 3)
@@ -203,72 +221,6 @@ def _drift_row(drift: Drift) -> tuple[Cell, ...]:
     who = f"ranks {drift.ranks[0]} and {drift.ranks[1]}"
     texts = (drift.name, who, str(drift.box), words.shape_of(drift.index))
     return tuple(Cell(words.elide(text)) for text in texts)
-
-
-def _change_tables(plan: MergePlan) -> Iterator[Table]:
-    yield _casts_table(plan)
-    yield _names_table(
-        f"{plural(len(plan.drops), 'drop')}: in the checkpoint and not written",
-        "why",
-        ((drop.name, drop.reason) for drop in plan.drops),
-        ".drops",
-    )
-    yield _names_table(
-        f"{plural(len(plan.ties), 'tie')}: not written, because another tensor holds the same values",
-        "kept as",
-        ((tie.name, tie.kept) for tie in plan.ties),
-        ".ties",
-    )
-    yield _names_table(
-        f"{len(plan.left_out):,} left out: files beside the config that are not copied",
-        "",
-        ((name, "") for name in plan.left_out),
-        ".left_out",
-    )
-    yield _names_table(
-        f"{len(plan.unloaded):,} unloaded: written, and known to {plan.model_class}, which does not load them",
-        "",
-        ((name, "") for name in plan.unloaded),
-        ".unloaded",
-    )
-    edits = list(plan.config_edits.items())
-    rows = tuple(
-        (Cell(words.elide(key)), Cell(words.value_in_words(before)), Cell(words.value_in_words(after)))
-        for key, (before, after) in edits[:_ROWS]
-    )
-    columns = (Column("key", code=True), Column("before"), Column("after"))
-    title = f"{plural(len(edits), 'config edit')}: keys of config.json that the merge changes"
-    yield Table(columns, rows, title, max(len(edits) - _ROWS, 0), "keys", ".config_edits")
-
-
-def _casts_table(plan: MergePlan) -> Table:
-    """A row for each pair of dtypes: a cast of the whole model is one line, not one for each tensor."""
-    kinds: dict[str, list[str]] = {}
-    for cast in plan.casts:
-        kinds.setdefault(f"{cast.before} → {cast.after}", []).append(cast.name)
-    rows = tuple(
-        (
-            Cell(kind),
-            Cell(f"{len(names):,}"),
-            Cell(words.elide(listing(group.name for group in collapse((name, None) for name in names)), 200)),
-        )
-        for kind, names in list(kinds.items())[:_ROWS]
-    )
-    columns = (Column("cast"), Column("tensors", number=True), Column("which", code=True))
-    title = f"{plural(len(plan.casts), 'cast')}: rounded to the nearest, ties to even"
-    return Table(columns, rows, title, max(len(kinds) - _ROWS, 0), "kinds", ".casts")
-
-
-def _names_table(title: str, reason: str, named: Iterable[tuple[str, Hashable]], rest: str) -> Table:
-    """Tensors with what happens to each, repeated layers collapsed."""
-    groups = collapse(named)
-    columns = [Column("tensor", code=True), Column("tensors", number=True)]
-    columns += [Column(reason, code=rest == ".ties")] if reason else []
-    rows = []
-    for group in groups[:_ROWS]:
-        cells = [Cell(words.elide(group.name)), Cell(f"{len(group.members):,}")]
-        rows.append((*cells, Cell(words.elide(str(group.key), 120))) if reason else tuple(cells))
-    return Table(tuple(columns), tuple(rows), title, max(len(groups) - _ROWS, 0), "rows", rest)
 
 
 def _load_lines(plan: MergePlan, target: Path) -> tuple[str, ...]:

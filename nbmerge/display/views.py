@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from functools import singledispatch
 
-from nbmerge.display.checkpoint_views import checkpoint_view, loader_view, tensor_view
+from nbmerge.display.checkpoint_views import checkpoint_view, loader_view
 from nbmerge.display.fit import fit
 from nbmerge.display.merge_views import plan_view, report_view
 from nbmerge.display.model import View
+from nbmerge.display.tensor_views import tensor_view
 from nbmerge.layout import Checkpoint, LazyTensor
 from nbmerge.loaders.base import Loader
 from nbmerge.plan import MergePlan

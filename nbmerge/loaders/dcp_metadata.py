@@ -231,7 +231,9 @@ def _tensor(name: str, entry: _Tensor, places: _Places) -> TensorEntry:
     if not isinstance(dtype, DType):
         raise TypeError(f"{name} has no dtype")
     shape = _shape(entry.get("size"))
-    boxes = dict.fromkeys(Box(_shape(chunk.get("offsets")), _shape(chunk.get("sizes"))) for chunk in entry.get("chunks"))
+    boxes = dict.fromkeys(
+        Box(_shape(chunk.get("offsets")), _shape(chunk.get("sizes"))) for chunk in entry.get("chunks")
+    )
     chunks: list[StoredChunk] = []
     for box in boxes:
         if not len(box.offset) == len(box.shape) == len(shape):
@@ -261,7 +263,7 @@ def _natural(number: Any) -> int:
 
 
 def _refuse_shared_bytes(index: Index, path: Path) -> None:
-    """Every chunk has bytes of its own. Damage to a file name or an offset shows here, where both have the same form."""
+    """Raises where two chunks have bytes in common: a damaged offset can lead to another chunk of the same form."""
     places = sorted(
         (chunk.file, chunk.offset, chunk.offset + chunk.length, name)
         for name, entry in index.tensors.items()

@@ -83,7 +83,7 @@ def rank_of(file: str) -> int:
 
 def _check_files(directory: Path, chunks: Mapping[str, Sequence[StoredChunk]]) -> None:
     """Raises where a file is outside the directory, is not there, or ends before its last chunk."""
-    outside = [file for file in chunks if Path(file).parts != (file,)]
+    outside = [file for file in chunks if Path(file).parts != (file,) or file == ".."]
     if outside:
         raise UnsafePickleError(
             f".metadata names files outside the checkpoint: {listing(outside)}", where=str(directory),

@@ -37,7 +37,7 @@ _COMMON = _common()
 
 
 def refuse_excess(data: bytes, path: Path) -> None:
-    """Raises CorruptFileError for a memo index that is larger than the pickle itself.
+    """Raises CorruptFileError for a memo index that is larger than the pickle itself, and for bytes beyond its end.
 
     Anything else that is wrong with the pickle is left to the unpickler, which goes the same way.
     """
@@ -62,10 +62,13 @@ def refuse_excess(data: bytes, path: Path) -> None:
             at += size + int.from_bytes(data[at : at + size], "little")
         else:
             at += length
+        beyond = "something in it would end after it" if at > end else ""
         if code in (_PUT, _LONG_PUT) and _index(code, data[start:at]) > max(end, _SMALL):
+            beyond = "it numbers more objects than it has bytes"
+        if beyond:
             raise CorruptFileError(
-                "the pickle cannot be read: it numbers more objects than it has bytes", where=str(path),
-                why="it is damaged, and reading it would fill the memory", fix="copy it again from where it was saved",
+                f"the pickle cannot be read: {beyond}", where=str(path),
+                why="it is damaged, or cut short", fix="copy the file again from the machine that trained",
             )  # fmt: skip
 
 

@@ -14,6 +14,7 @@ from nbmerge.errors import CheckpointError, CorruptFileError, UnsupportedCheckpo
 
 _LOCAL_HEADER = struct.Struct("<4s5H3I2H")  # zip specification 4.3.7
 _LOCAL_SIGNATURE = b"PK\x03\x04"
+_UTF8 = 1 << 11  # the flag of names in UTF-8; others are in code page 437
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,19 +138,20 @@ class TorchZip:
 
         A damaged length in it would shift the tensor, so that all that stands in the header must fit together.
         """
+        at = self._start + info.header_offset
         fd = os.open(self.path, os.O_RDONLY)
         try:
-            header = os.pread(fd, _LOCAL_HEADER.size + 2 * 0xFFFF, self._start + info.header_offset)
+            header = os.pread(fd, _LOCAL_HEADER.size, at)
+            if len(header) < _LOCAL_HEADER.size or not header.startswith(_LOCAL_SIGNATURE):
+                raise self._cut_short(f"no local header for {info.filename} at byte {info.header_offset:,}")
+            name_length, extra_length = map(int, _LOCAL_HEADER.unpack(header)[-2:])
+            rest = os.pread(fd, name_length + extra_length, at + len(header))
         finally:
             os.close(fd)
-        if len(header) < _LOCAL_HEADER.size or not header.startswith(_LOCAL_SIGNATURE):
-            raise self._cut_short(f"no local header for {info.filename} at byte {info.header_offset:,}")
-        *_, name_length, extra_length = _LOCAL_HEADER.unpack_from(header)
-        name_end = _LOCAL_HEADER.size + int(name_length)
-        extra = header[name_end : name_end + int(extra_length)]
-        if header[_LOCAL_HEADER.size : name_end] != info.orig_filename.encode() or not _is_whole(extra):
+        name = info.orig_filename.encode("utf-8" if info.flag_bits & _UTF8 else "cp437")
+        if rest[:name_length] != name or not _is_whole(rest[name_length:]):
             raise self._cut_short(f"the local header of {info.filename} is not of this record")
-        offset = info.header_offset + name_end + int(extra_length)
+        offset = info.header_offset + len(header) + name_length + extra_length
         if offset + info.file_size > self._size:
             raise self._cut_short(f"record {info.filename} would end at byte {offset + info.file_size:,}")
         return self._start + offset

@@ -72,7 +72,7 @@ class _Naming:
     sources: dict[str, Expr]
     tied: Mapping[str, str]  # name that is not written → the one that is, both in the dialect of the sources
     given: Given
-    base: Base | None = None  # with the names of the outputs
+    base: Base | None = None  # by the names of the outputs
     drops: list[Drop] = field(default_factory=list)
     ties: list[Tie] = field(default_factory=list)
     fills: list[Filled] = field(default_factory=list)
@@ -158,6 +158,19 @@ def _inverted(work: _Naming) -> dict[str, Expr]:
             )
         )
         return {}
+
+
+def by_published_name(tensors: Mapping[str, Expr], facts: ModelFacts) -> dict[str, Expr]:
+    """The tensors of a model's files, under published names too where the files have the names in memory.
+
+    transformers saves a model under the names that it was loaded under, and accepts either.
+    """
+    found = dict(tensors)
+    for name, rule in facts.published.items():
+        inputs = ex.input_names(rule)
+        if name not in found and all(i in tensors and tensors[i].shape == facts.memory[i] for i in inputs):
+            found[name] = ex.substitute(rule, tensors)
+    return found
 
 
 def _in_memory(published: Mapping[str, Expr], work: _Naming) -> dict[str, Expr]:

@@ -17,7 +17,6 @@ import tempfile
 import time
 from pathlib import Path
 
-
 _LIMITS = {"fsdp": (1.5, 150), "megatron": (1.6, 200)}  # times cp and sync, MiB
 
 

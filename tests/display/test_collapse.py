@@ -17,6 +17,18 @@ def test_layers_and_experts_collapse_together() -> None:
     assert _names(names) == [("layers.{3..5}.experts.{0..7}.up", 24)]
 
 
+def test_grouped_experts_collapse_by_the_number_that_ends_their_names() -> None:
+    names = [f"decoder.layers.{i}.mlp.experts.linear_fc1.{kind}{j}" for i in (0, 1) for kind in ("weight", "bias")
+             for j in range(8)]  # fmt: skip
+    assert _names(names) == [
+        ("decoder.layers.{0..1}.mlp.experts.linear_fc1.weight{0..7}", 16),
+        ("decoder.layers.{0..1}.mlp.experts.linear_fc1.bias{0..7}", 16),
+    ]
+    assert _names(["a.weight0", "a.b.weights1", "my_weight2", "a.weight_3"]) == [
+        (name, 1) for name in ("a.weight0", "a.b.weights1", "my_weight2", "a.weight_3")
+    ]
+
+
 def test_numbers_that_make_no_range_are_listed_or_counted() -> None:
     assert _names([f"a.{i}" for i in (0, 2, 5)]) == [("a.{0, 2, 5}", 3)]
     assert _names([f"a.{i}" for i in (0, 2, 4, 6, 8)]) == [("a.{0..8 step 2}", 5)]

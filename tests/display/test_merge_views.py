@@ -10,7 +10,8 @@ from nbmerge.display.views import view_of
 from nbmerge.dtypes import BY_NAME
 from nbmerge.errors import Problem
 from nbmerge.geometry import Box
-from nbmerge.naming.published import Drop, Tie
+from nbmerge.layout import SourceFile
+from nbmerge.naming.notes import Drop, Filled, Tie, Trim
 from nbmerge.options import MergeOptions
 from nbmerge.plan import CastNote, Drift, OutputFile
 
@@ -74,7 +75,63 @@ def test_casts_drops_ties_unloaded_and_edits_are_each_listed() -> None:
         "2 unloaded: written, and known to Qwen2ForCausalLM, which does not load them": [["mtp.{0..1}.weight", "2"]],
         "1 config edit: keys of config.json that the merge changes": [["dtype", "float32", "bfloat16"]],
     }
-    assert _facts(view)["names"] == "as published checkpoints have them; 30 tensors renamed or cut"
+    assert (
+        _facts(view)["names"]
+        == "as published checkpoints have them; 30 tensors renamed or cut from transformers' names in memory"
+    )
+
+
+_VALUE_HEAD = "Megatron's value head has no bias; the class expects one"
+_CHANGED = plan(
+    dialect="megatron (qwen2)",
+    renamed=14,
+    trims=tuple(
+        Trim(name, source, 152, 151)
+        for name, source in (
+            ("model.embed_tokens.weight", "embedding.word_embeddings.weight"),
+            ("lm_head.weight", "output_layer.weight"),
+        )
+    ),
+    fills=(
+        Filled("score.bias", "zeros", _VALUE_HEAD),
+        *(Filled(f"visual.blocks.{i}.w", "/models/base", "the checkpoint does not hold it") for i in range(24)),
+    ),
+    base_files=(SourceFile(Path("/models/base/model.safetensors"), 1_000, 0, "weights"),),
+    unloaded=("model.layers.4.enorm.weight",),
+)
+
+
+@pytest.mark.parametrize("made", [_CHANGED, report(_CHANGED), report(_CHANGED, target=None)])
+def test_trims_and_fills_are_counted_in_the_sentence_and_listed(made: object) -> None:
+    view = view_of(made)
+    assert view.sentence.endswith(
+        "; 2 trimmed of padding, 1 filled with zeros, 24 taken from the base model, 1 not loaded by the class"
+    )
+    tables = _tables(view)
+    assert tables["2 trims: rows of the padded vocabulary that are cut off"] == [
+        ["model.embed_tokens.weight", "rows 151:152 of embedding.word_embeddings.weight are padding", "151 of 152"],
+        ["lm_head.weight", "rows 151:152 of output_layer.weight are padding", "151 of 152"],
+    ]
+    assert tables["25 fills: not in the checkpoint, and written"] == [
+        ["score.bias", "1", "zeros", _VALUE_HEAD],
+        ["visual.blocks.{0..23}.w", "24", "/models/base", "the checkpoint does not hold it"],
+    ]
+    assert _facts(view)["base model"] == "/models/base: 24 tensors from 1 file"
+
+
+def test_a_plan_says_whose_names_the_sources_have() -> None:
+    assert _facts(view_of(_CHANGED))["names"] == (
+        "as published checkpoints have them; 14 tensors renamed or cut from megatron (qwen2) names"
+    )
+
+
+def test_many_trims_and_fills_are_cut_and_their_number_is_said() -> None:
+    fills = tuple(Filled(f"module_{i:x}", "zeros", "absent") for i in range(200))
+    trims = tuple(Trim(f"head_{i:x}", "w", 9, 7) for i in range(200))
+    changes = next(s for s in view_of(plan(fills=fills, trims=trims)).sections if s.title == "Changes")
+    assert changes.summary == "200 trims, 200 fills"
+    assert [len(table.rows) + table.hidden for table in changes.tables] == [200, 200]
+    assert changes.tables[1].cut == "… 184 of 200 rows not shown; all are in .fills"
 
 
 @pytest.mark.parametrize("made", [plan(drift=_DRIFT), report(drift=_DRIFT), report(plan(drift=_DRIFT), target=None)])

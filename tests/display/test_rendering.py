@@ -19,9 +19,11 @@ from nbmerge.dtypes import BY_NAME
 from nbmerge.errors import Problem
 from nbmerge.geometry import Box
 from nbmerge.layout import LazyTensor
+from nbmerge.naming.notes import Filled, Trim
 from nbmerge.plan import CastNote, Drift, MergePlan
 from nbmerge.report import MergeReport
 
+from .megatron_objects import rank_files, torch_dist, zarr
 from .objects import SHARD, checkpoint, plan, report, small_model, tensor
 
 _HOSTILE = "a.<img src=x onerror=alert(1)>.</style><script>alert(2)</script>.\x1b[31m\u202e'\"&.weight"
@@ -36,7 +38,8 @@ def _hostile_plan() -> MergePlan:
     return plan(
         source, model_class=_HOSTILE, problems=source.problems, unloaded=(_HOSTILE,),
         config_edits={_HOSTILE: (_HOSTILE, _HOSTILE)}, drift=(Drift(_HOSTILE, (0, 1), Box((0,), (5,)), (1,)),),
-        casts=(CastNote(_HOSTILE, BY_NAME["float32"], BY_NAME["bfloat16"]),),
+        casts=(CastNote(_HOSTILE, BY_NAME["float32"], BY_NAME["bfloat16"]),), dialect=_HOSTILE, renamed=1,
+        trims=(Trim(_HOSTILE, _HOSTILE, 3, 2),), fills=(Filled(_HOSTILE, _HOSTILE, _HOSTILE),),
     )  # fmt: skip
 
 
@@ -50,6 +53,14 @@ _ALL = {
     "tensor": small_model()[0],
     "tensor of many pieces": tensor("w", (512, 40), {"fsdp": (512, SHARD)}),
     "slice": tensor("w", (8, 2), {"fsdp": (2, SHARD)}).slice(Box((0, 0), (5, 2))),
+    "torch_dist checkpoint": torch_dist(),
+    "stacked tensor": torch_dist()["decoder.layers.mlp.linear_fc1.weight"],
+    "rank files": rank_files(),
+    "tensor in rank files": rank_files()["decoder.layers.1.self_attention.linear_qkv.weight"],
+    "zarr checkpoint": zarr(),
+    "hostile torch_dist checkpoint": replace(
+        torch_dist(), tensors={_HOSTILE: replace(torch_dist()["decoder.final_layernorm.weight"], name=_HOSTILE)}
+    ),
     "plan": _PLAN,
     "report": report(_PLAN),
     "dry run": report(_PLAN, target=None),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
@@ -14,8 +15,10 @@ import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 
-from nbmerge.demo import DemoCheckpoint, Recipe, make_checkpoints
-from nbmerge.errors import OptionError
+import nbmerge
+from nbmerge.demo import DemoCheckpoint, Recipe, differences_on_disk, differences_when_loaded, make_checkpoints
+from nbmerge.demo.recipes import MEGATRON_ARCHITECTURES
+from nbmerge.errors import IncompleteCheckpointError, OptionError
 
 # torch's reader says that it reads in a single process, which is meant.
 pytestmark = [
@@ -30,6 +33,20 @@ RECIPES: Mapping[str, Recipe] = {
     "value": Recipe(layout="megatron", arch="qwen2_value", world_size=2),
     "thick": Recipe(layout="megatron", arch="qwen3", world_size=2, mesh_shape=(2, 1, 1)),
 }
+# All layouts of all architectures; those of more ranks, dtypes and forms besides.
+MERGED: Mapping[str, Recipe] = {
+    **RECIPES,
+    **{
+        f"{layout}_{arch}": Recipe(layout=layout, arch=arch, seed=1)
+        for layout in ("megatron", "megatron_v1", "megatron_lm")
+        for arch in MEGATRON_ARCHITECTURES
+    },
+    "one_rank": Recipe(layout="megatron_v1", world_size=1, mesh_shape=(1, 1, 1)),
+    "three_stages": Recipe(layout="megatron_v1", arch="llama", world_size=3, mesh_shape=(3, 1, 1), dtype="float16"),
+    "tied_with_optimizer": Recipe(layout="megatron_v1", tied=True, optimizer=True, dtype="bfloat16"),
+    "experts_of_three_ranks": Recipe(layout="megatron_lm", arch="qwen3_moe", world_size=6, mesh_shape=(1, 3, 2)),
+    "experts_on_stages": Recipe(layout="megatron_v1", arch="qwen3_moe", world_size=8, mesh_shape=(2, 2, 2)),
+}
 CONTAINERS = {"dense": "dist_ckpt", "megatron_lm": "iter_0000010"}
 
 
@@ -37,8 +54,8 @@ CONTAINERS = {"dense": "dist_ckpt", "megatron_lm": "iter_0000010"}
 def demos(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, DemoCheckpoint]:
     """All checkpoints of these tests, by one start of the frameworks."""
     root = tmp_path_factory.mktemp("megatron")
-    made = make_checkpoints({root / name: recipe for name, recipe in RECIPES.items()})
-    return dict(zip(RECIPES, made, strict=True))
+    made = make_checkpoints({root / name: recipe for name, recipe in MERGED.items()})
+    return dict(zip(MERGED, made, strict=True))
 
 
 def container(demos: Mapping[str, DemoCheckpoint], name: str) -> Path:
@@ -222,4 +239,52 @@ def test_what_megatron_cannot_save_is_refused(fields: dict[str, Any], words: str
         Recipe(layout="megatron", **fields)
 
 
-# Merging: `differences(merged, demos[name]) == []` for every name of RECIPES belongs here.
+def merged(demo: DemoCheckpoint, target: Path, **options: Any) -> Path:
+    """The merge of a demo; Megatron-LM's has its config beside it."""
+    if not demo.huggingface.is_relative_to(demo.path):
+        options["hf_model_config_path"] = demo.huggingface
+    nbmerge.merge(demo.path, target, progress=False, **options)
+    return target
+
+
+@pytest.mark.parametrize("name", MERGED)
+def test_a_merge_gives_the_model_that_was_sharded(
+    demos: Mapping[str, DemoCheckpoint], name: str, tmp_path: Path
+) -> None:
+    target = merged(demos[name], tmp_path / "merged")
+    assert differences_on_disk(target, demos[name].reference) == []
+    assert differences_when_loaded(target, demos[name].state) == []
+
+
+@pytest.mark.parametrize("name", ["dense", "experts", "megatron_lm"])
+def test_the_index_says_how_the_ranks_divided_the_model(demos: Mapping[str, DemoCheckpoint], name: str) -> None:
+    checkpoint = nbmerge.open_checkpoint(demos[name].path, progress=False)
+    sizes = dict(zip(("pp", "ep", "tp"), MERGED[name].mesh, strict=True))
+    assert {axis.name: axis.size for axis in checkpoint.mesh} == {axis: n for axis, n in sizes.items() if n > 1}
+    assert checkpoint.world_size == 4
+    directory = container(demos, name)
+    for tensor in checkpoint.tensors.values():
+        boxes = {chunk.box.offset: (chunk.box.shape, chunk.rank) for chunk in tensor.chunks}
+        assert boxes == pieces_of(directory, tensor.name)
+
+
+def test_a_cast_rounds_as_torch_does(demos: Mapping[str, DemoCheckpoint], tmp_path: Path) -> None:
+    written = load_file(merged(demos["dense"], tmp_path / "merged", dtype="bfloat16") / "model.safetensors")
+    published = load_file(demos["dense"].reference / "model.safetensors")
+    assert written.keys() == published.keys()
+    assert [name for name in written if not torch.equal(written[name], published[name].bfloat16())] == []
+
+
+@pytest.mark.parametrize("name", ["dense", "experts", "megatron_lm"])
+def test_a_container_alone_is_merged_too(demos: Mapping[str, DemoCheckpoint], name: str, tmp_path: Path) -> None:
+    target = tmp_path / "merged"
+    nbmerge.merge(container(demos, name), target, hf_model_config_path=demos[name].huggingface, progress=False)
+    assert differences_on_disk(target, demos[name].reference) == []
+
+
+def test_a_file_of_the_demo_that_is_lost_is_named(demos: Mapping[str, DemoCheckpoint], tmp_path: Path) -> None:
+    directory = Path(shutil.copytree(demos["dense"].path, tmp_path / "copy"))
+    (directory / "dist_ckpt" / "__3_0.distcp").unlink()
+    with pytest.raises(IncompleteCheckpointError, match=r"__3_0\.distcp"):
+        nbmerge.merge(directory, tmp_path / "merged", progress=False)
+    assert not (tmp_path / "merged").exists()

@@ -12,35 +12,45 @@ from typing import Any
 
 import torch
 
-from tests.support.megatron_names import Tensors, under
+from tests.support.megatron_layers import Tensors, under
 
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
+# What Megatron can stack: the layers of the decoder and of a vision tower, and a tower's mergers.
+_STACK = re.compile(r"((?:language_model\.|vision_model\.)?decoder\.(?:layers|deepstack_merger_list))\.(\d+)\.(.+)")
 _EXPERTS = "mlp.experts.experts."
 
 
 def stacked(tensors: Mapping[str, torch.Tensor]) -> Tensors:
     """The layers as one tensor [L, ...] of each name, as Megatron saves models whose layers are all alike.
 
+    Each stack by itself: a vision tower's layers, and its mergers, have lengths of their own.
     Raises AssertionError where a layer lacks what another has: such a model is saved layer by layer.
     """
-    layers: dict[str, dict[int, torch.Tensor]] = defaultdict(dict)
+    stacks: dict[str, dict[str, dict[int, torch.Tensor]]] = defaultdict(lambda: defaultdict(dict))
     out: Tensors = {}
     for name, tensor in tensors.items():
-        found = _LAYER.fullmatch(name)
+        found = _STACK.fullmatch(name)
         if found is None:
             out[name] = tensor
         else:
-            layers[found[2]][int(found[1])] = tensor
-    assert len({tuple(sorted(parts)) for parts in layers.values()}) <= 1, "the layers are not alike"
-    for rest, parts in layers.items():
-        out[f"decoder.layers.{rest}"] = torch.stack([parts[number] for number in sorted(parts)])
+            stacks[found[1]][found[3]][int(found[2])] = tensor
+    for stack, layers in stacks.items():
+        assert len({tuple(sorted(parts)) for parts in layers.values()}) == 1, "the layers are not alike"
+        for rest, parts in layers.items():
+            out[f"{stack}.{rest}"] = torch.stack([parts[number] for number in sorted(parts)])
     return out
 
 
-def singleton(tensors: Mapping[str, torch.Tensor]) -> Tensors:
-    """`singleton_local_shards`: gate and up apart (`weight_w`, `weight_v`), and each expert under its own number."""
+def singleton(tensors: Mapping[str, torch.Tensor], *, plain: tuple[str, ...] = ()) -> Tensors:
+    """`singleton_local_shards`: gate and up apart (`weight_w`, `weight_v`), and each expert under its own number.
+
+    plain: prefixes of names whose fc1 is not gated.
+    """
     out: Tensors = {}
     for name, tensor in tensors.items():
+        if name.startswith(plain):
+            out[name] = tensor
+            continue
         if _EXPERTS not in name:
             out |= _halves(name, tensor)
             continue
@@ -65,7 +75,7 @@ def megatron_fsdp(tensors: Mapping[str, torch.Tensor], prefix: str = "model.modu
 
 def _halves(name: str, tensor: torch.Tensor) -> Tensors:
     """A gated fc1 as gate and up; anything else as it is."""
-    if not re.search(r"linear_fc1\.weight\d*$", name):
+    if not re.search(r"linear_fc1\.(weight|bias)\d*$", name):
         return {name: tensor}
     gate, up = tensor.chunk(2)
     return {f"{name}_w": gate.clone(), f"{name}_v": up.clone()}
@@ -87,8 +97,8 @@ def hybrid(tensors: Mapping[str, torch.Tensor]) -> Tensors:
 def padded(tensors: Mapping[str, torch.Tensor], rows: int) -> Tensors:
     """Embedding and head with so many rows, the added ones random; a value head [1, H] stays as it is."""
     out = dict(tensors)
-    for name in ("embedding.word_embeddings.weight", "output_layer.weight"):
-        if name in out and out[name].shape[0] != 1:
+    for name in tensors:
+        if name.endswith(("embedding.word_embeddings.weight", "output_layer.weight")) and out[name].shape[0] != 1:
             more = torch.randn(rows - out[name].shape[0], *out[name].shape[1:])
             out[name] = torch.cat([out[name], more.to(out[name].dtype)])
     return out
@@ -114,7 +124,7 @@ def optimizer_beside(tensors: Mapping[str, torch.Tensor], form: str = "fully_res
 
 
 def with_mtp(published: Mapping[str, torch.Tensor], config: Any, count: int = 1) -> tuple[Tensors, Any]:
-    """A published DeepSeek model with `count` MTP layers more, as the hub has them, and a config that says so.
+    """A published DeepSeek or GLM model with `count` MTP layers more, as the hub has them, and a config that says so.
 
     Each is the last layer with other values, and copies of the model's two tables.
     """

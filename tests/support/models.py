@@ -23,6 +23,8 @@ _TEXT = {
 _EXPERTS = {"num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 6}
 _VISION = {"depth": 2, "hidden_size": 16, "intermediate_size": 24, "num_heads": 2, "out_hidden_size": 16,
            "patch_size": 2, "spatial_merge_size": 2}  # fmt: skip
+_SIGLIP = {"hidden_size": 12, "intermediate_size": 20, "num_hidden_layers": 2, "num_attention_heads": 3,
+           "image_size": 8, "patch_size": 2, "vision_use_head": False}  # fmt: skip
 _ROPE = {"rope_type": "default", "mrope_section": [1, 1, 0], "rope_theta": 10000.0}
 
 
@@ -32,6 +34,12 @@ def _config(name: str) -> tuple[str, Any]:
 
     text = dict(_TEXT)
     head = dict(text, head_dim=4)
+    wide = dict(text, head_dim=6)  # other than hidden_size / heads
+    latent = dict(
+        text, num_key_value_heads=4, n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=6,
+        first_k_dense_replace=1, kv_lora_rank=8, qk_rope_head_dim=4, qk_nope_head_dim=4, v_head_dim=4,
+        tie_word_embeddings=False,
+    )  # fmt: skip
     make: dict[str, Callable[[], tuple[str, Any]]] = {
         "qwen2": lambda: ("Qwen2ForCausalLM", tf.Qwen2Config(**text, tie_word_embeddings=False)),
         "qwen2_tied": lambda: ("Qwen2ForCausalLM", tf.Qwen2Config(**text, tie_word_embeddings=True)),
@@ -58,7 +66,19 @@ def _config(name: str) -> tuple[str, Any]:
         ),
         "gemma2": lambda: (
             "Gemma2ForCausalLM",
-            tf.Gemma2Config(**head, query_pre_attn_scalar=4, sliding_window=16),
+            tf.Gemma2Config(**wide, query_pre_attn_scalar=4, sliding_window=16),
+        ),
+        "gemma": lambda: ("GemmaForCausalLM", tf.GemmaConfig(**wide)),
+        "gemma3_vision": lambda: (
+            "Gemma3ForConditionalGeneration",
+            tf.Gemma3Config(
+                text_config=dict(head, query_pre_attn_scalar=4, sliding_window=16),
+                vision_config=_SIGLIP, mm_tokens_per_image=4, boi_token_index=1, eoi_token_index=2, image_token_index=3,
+            ),
+        ),
+        "mistral": lambda: (
+            "MistralForCausalLM",
+            tf.MistralConfig(**wide, sliding_window=None, tie_word_embeddings=False),
         ),
         "glm4": lambda: (
             "Glm4ForCausalLM",
@@ -81,19 +101,15 @@ def _config(name: str) -> tuple[str, Any]:
         ),
         "deepseek_v2": lambda: (
             "DeepseekV2ForCausalLM",
-            tf.DeepseekV2Config(
-                **dict(text, num_key_value_heads=4), n_routed_experts=4, n_shared_experts=2, num_experts_per_tok=2,
-                moe_intermediate_size=6, first_k_dense_replace=1, q_lora_rank=None, kv_lora_rank=8, qk_rope_head_dim=4,
-                qk_nope_head_dim=4, v_head_dim=4, tie_word_embeddings=False,
-            ),
+            tf.DeepseekV2Config(**latent, n_shared_experts=2, q_lora_rank=None),
         ),
         "deepseek_v3": lambda: (
             "DeepseekV3ForCausalLM",
-            tf.DeepseekV3Config(
-                **dict(text, num_key_value_heads=4), n_routed_experts=4, n_group=2, topk_group=1, num_experts_per_tok=2,
-                moe_intermediate_size=6, first_k_dense_replace=1, q_lora_rank=8, kv_lora_rank=8, qk_rope_head_dim=4,
-                qk_nope_head_dim=4, v_head_dim=4, tie_word_embeddings=False,
-            ),
+            tf.DeepseekV3Config(**latent, n_group=2, topk_group=1, q_lora_rank=8),
+        ),
+        "deepseek_v3_direct": lambda: (  # Moonlight
+            "DeepseekV3ForCausalLM",
+            tf.DeepseekV3Config(**latent, n_group=2, topk_group=1, q_lora_rank=None),
         ),
         "qwen2_5_vl": lambda: (
             "Qwen2_5_VLForConditionalGeneration",
@@ -109,6 +125,17 @@ def _config(name: str) -> tuple[str, Any]:
                 text_config=dict(head, rope_parameters=_ROPE, tie_word_embeddings=True),
                 vision_config=dict(_VISION, num_position_embeddings=16, deepstack_visual_indexes=[0]),
                 tie_word_embeddings=True,
+            ),
+        ),
+        "qwen3_vl_deep": lambda: (
+            "Qwen3VLForConditionalGeneration",
+            tf.Qwen3VLConfig(
+                text_config=dict(head, rope_parameters=_ROPE, tie_word_embeddings=False),
+                vision_config=dict(
+                    _VISION, depth=4, intermediate_size=26, num_position_embeddings=16,
+                    deepstack_visual_indexes=[0, 1, 3],
+                ),
+                tie_word_embeddings=False,
             ),
         ),
         "qwen3_vl_moe": lambda: (
@@ -130,7 +157,10 @@ FAMILIES = (
     "qwen3_vl",
 )  # fmt: skip
 # Families that only tests of Megatron need.
-MORE_FAMILIES = ("qwen2_moe", "qwen3", "deepseek_v2", "gemma2", "glm4", "glm4_moe", "gpt_oss", "qwen3_vl_moe")
+MORE_FAMILIES = (
+    "qwen2_moe", "qwen3", "deepseek_v2", "deepseek_v3_direct", "gemma", "gemma2", "gemma3_vision", "glm4", "glm4_moe",
+    "gpt_oss", "mistral", "qwen3_vl_deep", "qwen3_vl_moe",
+)  # fmt: skip
 
 
 @functools.cache

@@ -6,7 +6,6 @@ under Megatron's own names with layer and expert numbers of the whole model; `na
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from nbmerge.errors import CheckpointError, IncompleteCheckpointError, OptionErr
 from nbmerge.layout import Checkpoint
 from nbmerge.loaders.base import Loader, OpenOptions
 from nbmerge.loaders.megatron.contents import Contents
-from nbmerge.loaders.megatron.directories import Place, find
+from nbmerge.loaders.megatron.directories import Place, find, json_object
 from nbmerge.loaders.megatron.dist import open_torch_dist
 from nbmerge.loaders.megatron.pickles import ALLOWED, saved_arguments
 from nbmerge.loaders.megatron.ranks import open_rank_files
@@ -86,13 +85,7 @@ def _read(place: Place, options: OpenOptions, config_dir: Path | None) -> Conten
 
 def _config(config_dir: Path | None) -> Mapping[str, Any] | None:
     """config.json, where it can be read; planning says what is wrong with one that cannot."""
-    if config_dir is None:
-        return None
-    try:
-        content = json.loads((config_dir / "config.json").read_bytes())
-    except (OSError, ValueError):
-        return None
-    return content if isinstance(content, dict) else None
+    return json_object(config_dir / "config.json") or None if config_dir is not None else None
 
 
 def _arguments(directory: Path, options: OpenOptions) -> Mapping[str, Any]:

@@ -20,6 +20,7 @@ from nbmerge.loaders.dcp_metadata import METADATA
 
 TRACKER = "latest_checkpointed_iteration.txt"
 _ITERATION = re.compile(r"iter_\d{7,}|release")
+_LONGEST_STEP = 64  # characters
 _RANK_FILES = ("model_optim_rng.pt", "model.pt", "model_rng.pt")
 _CONFIG_FOLDERS = ("huggingface", "hf_config_and_tokenizer")
 # Parts of names that every index of Megatron's models has; an index of torch's own has other words.
@@ -46,7 +47,7 @@ class Place:
         for directory in _upwards(self.weights, self.root):
             path = directory / "transformer_config.json"
             if path.is_file():
-                return _json(path)
+                return json_object(path)
         return {}
 
     @property
@@ -77,7 +78,7 @@ def _kind(folder: Path, *, known: bool) -> tuple[str, str] | None:
     ranks = [child.name for child in _children(folder) if _is_rank_folder(child)]
     if ranks:
         return "ranks", f"{len(ranks)} × mp_rank_*" if len(ranks) > 1 else ranks[0]
-    said = _json(folder / "metadata.json").get("sharded_backend")
+    said = json_object(folder / "metadata.json").get("sharded_backend")
     if said == "zarr":
         return "zarr", "metadata.json: zarr"
     if (folder / METADATA).is_file() and (said or known or _names_megatron(folder / METADATA)):
@@ -95,9 +96,11 @@ def _tracked(directory: Path) -> Place | None:
     tracker = directory / TRACKER
     if not tracker.is_file() or not any(_ITERATION.fullmatch(child.name) for child in _children(directory)):
         return None
-    step = tracker.read_text(encoding="utf-8", errors="replace").strip()
-    name = f"iter_{int(step):07d}" if step.isdecimal() else step
-    if not step.isdecimal() and step != "release":
+    with tracker.open("rb") as stream:
+        step = stream.read(_LONGEST_STEP + 1).decode("utf-8", "replace").strip()
+    is_number = step.isdecimal() and len(step) <= _LONGEST_STEP
+    name = f"iter_{int(step):07d}" if is_number else step
+    if not is_number and step != "release":
         raise CheckpointError(
             f"{TRACKER} says {step[:40]!r}, which is no iteration", where=str(tracker),
             fix="write the number of the iteration into it, or pass the directory of one: iter_NNNNNNN",
@@ -118,7 +121,7 @@ def _tracked(directory: Path) -> Place | None:
 
 def _already_converted(directory: Path) -> Place | None:
     """verl's ckpt_contents.json, where it says that the weights were saved in Hugging Face form (by mbridge)."""
-    model = _json(directory / "ckpt_contents.json").get("contents", {})
+    model = json_object(directory / "ckpt_contents.json").get("contents", {})
     model = model.get("model") if isinstance(model, dict) else None
     if not isinstance(model, dict) or model.get("format") != "huggingface":
         return None
@@ -166,10 +169,10 @@ def _children(folder: Path) -> list[Path]:
     return sorted(folder.iterdir()) if folder.is_dir() else []
 
 
-def _json(path: Path) -> Mapping[str, Any]:
+def json_object(path: Path) -> Mapping[str, Any]:
     """The JSON object in a file; empty where there is none, or nothing that is one."""
     try:
         content = json.loads(path.read_bytes())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):  # the last for brackets in brackets
         return {}
     return content if isinstance(content, dict) else {}

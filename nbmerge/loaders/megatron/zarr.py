@@ -6,19 +6,20 @@ arrays name a dtype that zarr itself does not know.
 
 from __future__ import annotations
 
-import itertools
-import json
 from collections.abc import Iterator
+from math import prod
 from pathlib import Path
 from typing import Any
 
 from nbmerge.dtypes import BY_NAME, DType
-from nbmerge.errors import CheckpointError, CorruptFileError, IncompleteCheckpointError, Problem, plural
+from nbmerge.errors import CheckpointError, CorruptFileError, IncompleteCheckpointError, Problem, listing, plural
 from nbmerge.expressions import Stored
-from nbmerge.geometry import Box, Shape, contiguous_strides
+from nbmerge.geometry import Box, Shape, contiguous_strides, unravel
 from nbmerge.layout import LazyTensor, SourceFile
 from nbmerge.loaders.assemble import paste
+from nbmerge.loaders.base import index_error
 from nbmerge.loaders.megatron.contents import Contents
+from nbmerge.loaders.megatron.directories import json_object
 from nbmerge.loaders.megatron.dist import is_weight
 from nbmerge.loaders.megatron.sizes import ParallelSizes
 
@@ -26,10 +27,11 @@ _NUMPY = {
     "<f8": "float64", "<f4": "float32", "<f2": "float16", "bfloat16": "bfloat16", "<i8": "int64", "<i4": "int32",
     "<i2": "int16", "|i1": "int8", "|u1": "uint8", "|b1": "bool",
 }  # fmt: skip
+_MOST_PROBLEMS = 100  # of one array
 
 
 def open_zarr(directory: Path, sizes: ParallelSizes) -> Contents:
-    """The weights of a zarr checkpoint. Raises IncompleteCheckpointError and CorruptFileError with all that is wrong."""
+    """The weights of a zarr checkpoint. Raises a CheckpointError with all that is wrong."""
     tensors: dict[str, LazyTensor] = {}
     files: list[SourceFile] = []
     problems: list[Problem] = []
@@ -49,7 +51,7 @@ def open_zarr(directory: Path, sizes: ParallelSizes) -> Contents:
         files += [SourceFile.of(Path(stored.file), "weights") for _, _, stored in found]
         files.append(SourceFile.of(path / ".zarray", "weights"))
     if problems:
-        raise IncompleteCheckpointError(f"{plural(len(problems), 'problem')} in {directory}", problems=problems)
+        raise index_error(problems, directory)
     beside = len(arrays) - len(weights)
     note = f"{plural(beside, 'tensor')} of the optimizer left alone"
     return Contents(
@@ -64,39 +66,39 @@ def _array(path: Path) -> tuple[Shape, list[tuple[int, Box, Stored]]]:
     found: list[tuple[int, Box, Stored]] = []
     problems: list[Problem] = []
     for index, box in _grid(shape, chunk):
-        file = path / (separator.join(map(str, index)) or "0")
-        if not file.is_file():
-            problems.append(
-                Problem(
-                    f"{path.name}: the chunk {file.name} is missing",
-                    where=str(path),
-                    kind="missing",
-                    why="saving was stopped, or the copy is incomplete",
-                    fix="copy it from the machine that trained",
-                )  # fmt: skip
-            )
-            continue
-        stored = Stored(str(file), 0, chunk, contiguous_strides(chunk), dtype)
-        if file.stat().st_size != stored.nbytes:
-            problems.append(
-                Problem(
-                    f"{path.name}: the chunk {file.name} has {file.stat().st_size:,} bytes, not {stored.nbytes:,}",
-                    where=str(file),
-                    why="it is cut short or damaged",
-                    fix="copy it from the machine that trained",
-                    kind="missing",
-                )  # fmt: skip
-            )
-            continue
-        found.append((0, box, stored.region(Box.whole(box.shape))))  # a chunk at the edge is stored in full size
+        name = separator.join(map(str, index)) or "0"
+        stored = Stored(str(path / name), 0, chunk, contiguous_strides(chunk), dtype)
+        if problem := _fault(f"{path.name}: the chunk {name}", path / name, stored.nbytes):
+            problems.append(problem)
+            if len(problems) == _MOST_PROBLEMS:
+                break  # a damaged shape can ask for more chunks than there is memory
+        else:
+            found.append((0, box, stored.region(Box.whole(box.shape))))  # a chunk at the edge is stored in full size
     if problems:
         raise IncompleteCheckpointError(f"{path.name} is not whole", problems=problems)
     return shape, found
 
 
+def _fault(what: str, file: Path, size: int) -> Problem | None:
+    """What is wrong with a chunk's file, which should have so many bytes."""
+    if not file.is_file():
+        return Problem(
+            f"{what} is missing", where=str(file.parent), why="saving was stopped, or the copy is incomplete",
+            fix="copy it from the machine that trained", kind="missing",
+        )  # fmt: skip
+    if (held := file.stat().st_size) != size:
+        return Problem(
+            f"{what} has {held:,} bytes, not {size:,}", where=str(file), why="it is cut short or damaged",
+            fix="copy it from the machine that trained", kind="missing",
+        )  # fmt: skip
+    return None
+
+
 def _grid(shape: Shape, chunk: Shape) -> Iterator[tuple[Shape, Box]]:
-    """The number and the box of each chunk."""
-    for index in itertools.product(*(range(-(-size // step)) for size, step in zip(shape, chunk, strict=True))):
+    """The number and the box of each chunk, in row-major order and one at a time, however many there are."""
+    counts = tuple(-(-size // step) for size, step in zip(shape, chunk, strict=True))
+    for number in range(prod(counts)):
+        index = unravel(number, counts)
         offset = tuple(i * step for i, step in zip(index, chunk, strict=True))
         extent = tuple(min(step, size - start) for step, size, start in zip(chunk, shape, offset, strict=True))
         yield index, Box(offset, extent)
@@ -104,20 +106,36 @@ def _grid(shape: Shape, chunk: Shape) -> Iterator[tuple[Shape, Box]]:
 
 def _header(path: Path) -> tuple[Shape, Shape, DType, str]:
     """Shape, chunk shape, dtype and the separator in the names of chunk files."""
-    try:
-        header: dict[str, Any] = json.loads(path.read_bytes())
-        shape, chunk = tuple(map(int, header["shape"])), tuple(map(int, header["chunks"]))
-        dtype = BY_NAME[_NUMPY[header["dtype"]]]
-        plain = header["zarr_format"] == 2 and header["order"] == "C"
-        packed = header.get("compressor") or header.get("filters")
-    except (ValueError, KeyError, TypeError) as error:
+    header = json_object(path)
+    shape, chunk = _sizes(header.get("shape")), _sizes(header.get("chunks"))
+    dtype = _NUMPY.get(str(header.get("dtype")))
+    separator = header.get("dimension_separator", ".")
+    wrong = [
+        what
+        for what, is_wrong in (
+            (f"shape {header.get('shape')}", shape is None),
+            (f"chunks {header.get('chunks')}", chunk is None or (shape is not None and len(chunk) != len(shape))),
+            (f"dtype {header.get('dtype')}", dtype is None),
+            (f"zarr_format {header.get('zarr_format')}", header.get("zarr_format") != 2),
+            (f"order {header.get('order')}", header.get("order") != "C"),
+            (f"compressor {header.get('compressor')}", bool(header.get("compressor"))),
+            (f"filters {header.get('filters')}", bool(header.get("filters"))),
+            (f"dimension_separator {separator}", separator not in (".", "/")),
+        )
+        if is_wrong
+    ]
+    if shape is None or chunk is None or dtype is None or wrong:
         raise CorruptFileError(
-            f".zarray is not as Megatron writes it: {type(error).__name__}: {error}", where=str(path),
-            fix="copy it again from the machine that trained",
-        ) from error  # fmt: skip
-    if not plain or packed or len(shape) != len(chunk) or min(chunk, default=1) < 1 or min(shape, default=1) < 0:
-        raise CorruptFileError(
-            "the array is not of uncompressed row-major chunks, as Megatron writes it", where=str(path),
-            fix="convert the checkpoint to torch_dist with Megatron-LM",
+            f"the array {path.parent.name} is not as Megatron writes it: {listing(wrong)}", where=str(path),
+            why="Megatron's arrays are uncompressed row-major chunks of format 2; the file is damaged, or another tool "
+            "wrote it",
+            fix="copy it again from the machine that trained, or convert the checkpoint to torch_dist with Megatron-LM",
         )  # fmt: skip
-    return shape, chunk, dtype, str(header.get("dimension_separator", "."))
+    return shape, chunk, BY_NAME[dtype], separator
+
+
+def _sizes(value: Any) -> Shape | None:
+    """A list of positive integers, or None for anything else."""
+    if isinstance(value, list) and all(type(size) is int and 0 < size < 1 << 63 for size in value):
+        return tuple(value)
+    return None

@@ -5,5 +5,7 @@ rules       what can happen to a tensor on its way: copied, cut, un-padded, tran
 blocks      rows that families share
 families    the tables, one file for each family
 rename      applies a family's table to a checkpoint
+heads       value heads, and configs that have another kind of head
 advice      what is near where no rule fits
+absences    what is missing, told in the largest parts that are gone
 """

@@ -22,25 +22,30 @@ _WRAPPERS = re.compile(r"^(?:(?:model|module)\.)+(?=[^.]+\.)")
 _LANGUAGE = re.compile(r"^language_model\.(?=embedding\.|decoder\.|output_layer\.|mtp\.)")
 # Qwen3-VL has a second stack in its vision tower.
 _STACKED = re.compile(r"^(.*?\b(?:layers|deepstack_merger_list))\.(?!\d)(.+)$")
-_LAYER = re.compile(r"^decoder\.layers\.(\d+)\.(.+)$")
+_LAYER = re.compile(r"^decoder\.layers\.(\d{1,9})\.(.+)$")
 _EXPERT_STACK = re.compile(r"^(.*\bexperts)\.experts\.(linear_fc[12]\..+)$")
 _EXPERT_FORMS = (
-    re.compile(r"^(.*\bexperts)\.(?:experts|local_experts)\.(\d+)\.(linear_fc[12]\..+)$"),
-    re.compile(r"^(.*\bexperts)\.(linear_fc[12]\.(?:weight|bias))(\d+)((?:_[wv])?)$"),
+    re.compile(r"^(.*\bexperts)\.(?:experts|local_experts)\.(\d{1,9})\.(linear_fc[12]\..+)$"),
+    re.compile(r"^(.*\bexperts)\.(linear_fc[12]\.(?:weight|bias))(\d{1,9})((?:_[wv])?)$"),
 )
 _HALF = re.compile(r"^(.*)_([wv])$")
 # The transformer layer of a multi-token-prediction layer was renamed in core 0.17.
 _MTP = re.compile(r"^(mtp\.layers\.\d+)\.mtp_model_layer\.")
+_ATTENTION_PARTS, _MLP_PARTS = {"self_attention", "input_layernorm"}, {"mlp", "pre_mlp_layernorm"}
 _FINAL_NORM, _HYBRID_NORM = "decoder.final_layernorm.", "decoder.final_norm."
 
 
 @dataclass
 class Canonical:
-    """tensors: by canonical name; sources: canonical name → the name in the checkpoint."""
+    """tensors: by canonical name; sources: canonical name → the name in the checkpoint; halves: the same for tensors
+    of which only one half is there; unusable: whether nothing can be made of the tensors, for reasons in `problems`.
+    """
 
     tensors: dict[str, Expr] = field(default_factory=dict)
     sources: dict[str, str] = field(default_factory=dict)
+    halves: dict[str, str] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
+    unusable: bool = False
 
     def add(self, name: str, expr: Expr, source: str) -> None:
         """Adds a tensor; two of one name are a problem."""
@@ -58,7 +63,7 @@ class Canonical:
 
 
 def canonical(tensors: Mapping[str, Expr]) -> Canonical:
-    """The tensors of a checkpoint in one form. Nothing is dropped."""
+    """The tensors of a checkpoint in one form. Nothing is dropped but lone halves, which are problems."""
     unwrapped = Canonical()
     for source, expr in tensors.items():
         name = _LANGUAGE.sub("", _WRAPPERS.sub("", source))
@@ -101,9 +106,12 @@ def _join_halves(found: Canonical) -> None:
             halves.setdefault(match[1], {})[match[2]] = name
     for name, by_half in halves.items():
         if len(by_half) < 2:
+            (half,) = by_half.values()
+            found.halves[name] = found.sources[half]
+            del found.tensors[half]
             found.problems.append(
                 Problem(
-                    f"{name} has only one of its halves: {next(iter(by_half.values()))}",
+                    f"{name} has only one of its halves: {found.sources[half]}",
                     why="_w is the gate projection and _v the up projection of one parameter",
                     fix="the checkpoint is incomplete: copy it again from the machine that trained",
                     kind="missing",
@@ -121,18 +129,9 @@ def _renumber_hybrid(found: Canonical) -> None:
     for name in found.tensors:
         if match := _LAYER.match(name):
             numbers.setdefault(int(match[1]), set()).add(match[2].partition(".")[0])
-    odd = [n for n, parts in numbers.items() if ("mlp" if n % 2 else "self_attention") not in parts]
-    odd += [n for n, parts in numbers.items() if ("self_attention" if n % 2 else "mlp") in parts]
-    if odd or len(numbers) % 2:
-        found.problems.append(
-            Problem(
-                f"a HybridModel of {plural(len(numbers), 'layer')} that do not alternate between attention and MLP: "
-                f"{listing(sorted(odd) or [max(numbers, default=0)])}",
-                why="layers of other kinds (Mamba, say) have no counterpart in the families that are known",
-                fix="no table converts this model yet",
-                kind="unsupported",
-            )
-        )
+    if problem := _faulty_hybrid(numbers):
+        found.problems.append(problem)
+        found.unusable = True
         return
     tensors, sources = found.tensors, found.sources
     found.tensors, found.sources = {}, {}
@@ -141,3 +140,26 @@ def _renumber_hybrid(found: Canonical) -> None:
         if name.startswith(_HYBRID_NORM):
             new = _FINAL_NORM + name.removeprefix(_HYBRID_NORM)
         found.add(new, expr, sources[name])
+
+
+def _faulty_hybrid(numbers: Mapping[int, set[str]]) -> Problem | None:
+    """What keeps layers from being attention and MLP in turns. numbers: the modules of each."""
+    odd = [n for n, parts in numbers.items() if not parts <= (_MLP_PARTS if n % 2 else _ATTENTION_PARTS)]
+    if odd:
+        return Problem(
+            f"a HybridModel of {plural(len(numbers), 'layer')} that do not alternate between attention and MLP",
+            where=f"layer {listing(sorted(odd))}",
+            why="layers of other kinds (Mamba, say) have no counterpart in the families that are known",
+            fix="convert this model with the framework that trained it",
+            kind="unsupported",
+        )
+    absent = sorted(set(range(2 * (max(numbers, default=-1) // 2 + 1))) - numbers.keys())
+    if absent:
+        return Problem(
+            f"{plural(len(absent), 'layer')} of the HybridModel {'is' if len(absent) == 1 else 'are'} not in the "
+            f"checkpoint: {listing(absent)}",
+            why="attention and MLP of a layer N are 2N and 2N + 1; a pipeline stage is missing",
+            fix="copy the checkpoint again from all machines that trained",
+            kind="missing",
+        )
+    return None

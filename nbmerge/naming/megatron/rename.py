@@ -10,15 +10,15 @@ from nbmerge import expressions as ex
 from nbmerge.errors import Problem
 from nbmerge.expressions import Expr
 from nbmerge.naming.facts import ModelFacts
-from nbmerge.naming.megatron import advice
+from nbmerge.naming.megatron import absences, advice
 from nbmerge.naming.megatron.canonical import Canonical, canonical
 from nbmerge.naming.megatron.families import FAMILIES, family_of
 from nbmerge.naming.megatron.family import Family, Stack
 from nbmerge.naming.megatron.rules import Copy, Made, Misfit, Rule, Sizes, misfit
 from nbmerge.naming.notes import Trim
 
-_NUMBER = re.compile(r"(\d+)\.(.+)")
-_EXPERT = re.compile(r"^(.*\bexperts)\.(\d+)\.(.+)$")
+_NUMBER = re.compile(r"(\d{1,9})\.(.+)")
+_EXPERT = re.compile(r"^(.*\bexperts)\.(\d{1,9})\.(.+)$")
 _UNCHANGED = Copy("")
 
 
@@ -47,10 +47,17 @@ class Match:
 
 
 def rename(tensors: Mapping[str, Expr], facts: ModelFacts) -> Renamed:
-    """The published tensors that the tensors of a Megatron checkpoint become, for the model of the facts."""
+    """The published tensors that the tensors of a Megatron checkpoint become, for the model of the facts.
+
+    Nothing but problems, and no family, where the checkpoint's layers cannot be told apart or no table is for them.
+    """
     found = canonical(tensors)
     family = family_of(str(facts.config.get("model_type")))
-    sizes = Sizes(facts.config, {name: expr.shape for name, expr in facts.published.items()})
+    shapes = {name: expr.shape for name, expr in facts.published.items()}
+    shapes |= {name: shapes[kept] for name, kept in facts.tied_on_hub.items() if kept in shapes}
+    sizes = Sizes(facts.config, shapes)
+    if found.unusable:
+        return Renamed(problems=list(found.problems))
     work = Renamed(problems=list(found.problems), family=family)
     if family is None:
         work.problems.append(advice.unknown_family(found.tensors, facts, sizes, FAMILIES))
@@ -62,12 +69,15 @@ def rename(tensors: Mapping[str, Expr], facts: ModelFacts) -> Renamed:
 def apply(family: Family, found: Canonical, sizes: Sizes, work: Renamed) -> None:
     """Puts what the family's rules make into `work`."""
     packed: dict[str, dict[int, Expr]] = {}
-    strays: list[str] = []
+    strays: dict[str, str] = {}
+    for name, source in found.halves.items():  # told already
+        if match := match_of(family, name, sizes):
+            work.sources.update(dict.fromkeys(match.names, source))
     for name, expr in found.tensors.items():
         source = found.sources[name]
         match = match_of(family, name, sizes)
         if match is None:
-            strays.append(source)
+            strays[name] = source
             continue
         try:
             made = list(match.rule.apply(expr, match.names, sizes, match.expert))
@@ -83,7 +93,7 @@ def apply(family: Family, found: Canonical, sizes: Sizes, work: Renamed) -> None
             else:
                 packed.setdefault(each.name, {})[each.place] = each.expr
                 work.sources[each.name] = source
-    _put_packed_together(work, packed)
+    _put_packed_together(work, packed, sizes)
     _add_copies(family, work, sizes)
     work.problems += advice.strays(strays, family)
 
@@ -136,11 +146,12 @@ def _add(work: Renamed, made: Made, source: str, match: Match) -> None:
         work.unloaded.add(made.name)
 
 
-def _put_packed_together(work: Renamed, packed: Mapping[str, Mapping[int, Expr]]) -> None:
+def _put_packed_together(work: Renamed, packed: Mapping[str, Mapping[int, Expr]], sizes: Sizes) -> None:
     for name, rows in packed.items():
         shapes = {row.shape for row in rows.values()}
-        if sorted(rows) != list(range(len(rows))) or len(shapes) > 1:
-            work.problems.append(advice.gap_in_experts(name, sorted(rows), work.sources[name]))
+        wanted = sizes.published[name][0] if name in sizes.published else max(rows) + 1
+        if sorted(rows) != list(range(wanted)) or len(shapes) > 1:
+            work.problems.append(absences.gap_in_experts(name, sorted(rows), wanted, work.sources[name]))
             continue
         work.tensors[name] = ex.stack([rows[number] for number in range(len(rows))])
 

@@ -17,6 +17,8 @@ from nbmerge.errors import Problem
 from nbmerge.expressions import Expr
 from nbmerge.geometry import Shape
 
+_MOST_PADDING = 16_384  # rows: a padded vocabulary is a multiple of 128, or a little more, for each of 128 ranks
+
 
 @dataclass(frozen=True)
 class Sizes:
@@ -99,15 +101,23 @@ class Vocabulary(_Single):
 
     def apply(self, expr: Expr, names: tuple[str, ...], sizes: Sizes, expert: int | None) -> Iterator[Made]:
         wanted = sizes.published.get(names[0], expr.shape)
-        if expr.shape[1:] == wanted[1:] and expr.shape[0] > wanted[0]:
-            yield Made(names[0], ex.narrow(expr, 0, 0, wanted[0]), trimmed=expr.shape[0] - wanted[0])
+        padding = expr.shape[0] - wanted[0]
+        if expr.shape[1:] == wanted[1:] and padding > 0:
+            if padding > _MOST_PADDING:
+                raise Misfit(
+                    f"has {expr.shape[0]:,} rows; of {wanted[0]:,} tokens, {padding:,} rows are too many for padding"
+                )
+            yield Made(names[0], ex.narrow(expr, 0, 0, wanted[0]), trimmed=padding)
         else:
             yield Made(names[0], expr)
 
 
 @dataclass(frozen=True)
 class Head(Rule):
-    """The output layer: logits over the padded vocabulary, or, with one row, the value head of a critic."""
+    """The output layer: logits over the padded vocabulary, or the value head of a critic or a classifier.
+
+    A value head has one row, or as many as the model of the config has labels.
+    """
 
     to: str = "lm_head.weight"
     value: str = "score.weight"
@@ -118,7 +128,7 @@ class Head(Rule):
 
     def apply(self, expr: Expr, names: tuple[str, ...], sizes: Sizes, expert: int | None) -> Iterator[Made]:
         logits, value = names
-        if expr.shape[0] == 1:
+        if expr.shape[0] == 1 or expr.shape == sizes.published.get(value):
             yield Made(value, expr)
         else:
             yield from Vocabulary(self.to).apply(expr, (logits,), sizes, expert)
@@ -211,12 +221,10 @@ class Packed(_Single):
     interleaved: bool = False
 
     def apply(self, expr: Expr, names: tuple[str, ...], sizes: Sizes, expert: int | None) -> Iterator[Made]:
+        transposed = len(expr.shape) > 1 and self._is_transposed(expr.shape, sizes.published.get(names[0]))
         if self.interleaved:
-            if expr.shape[0] % 2:
-                raise Misfit(f"has {expr.shape[0]:,} rows, which are no two halves")
-            halves = ex.reshape(expr, (2, expr.shape[0] // 2, *expr.shape[1:]))
-            expr = ex.reshape(_swapped(halves), expr.shape)
-        if len(expr.shape) > 1 and self._is_transposed(expr.shape, sizes.published.get(names[0])):
+            expr = _in_turns(expr, transposed)
+        elif transposed:
             expr = _swapped(expr)
         yield Made(names[0], expr, place=expert)
 
@@ -224,6 +232,15 @@ class Packed(_Single):
         if self.transposed is not None or wanted is None:
             return bool(self.transposed)
         return shape != wanted[1:] and shape[::-1] == wanted[1:]
+
+
+def _in_turns(expr: Expr, transposed: bool) -> Expr:
+    """Rows of two halves in turns: [2, width, ...] → [width, 2, ...]; or that, transposed."""
+    if expr.shape[0] % 2:
+        raise Misfit(f"has {expr.shape[0]:,} rows, which are no two halves")
+    halves = ex.reshape(expr, (2, expr.shape[0] // 2, *expr.shape[1:]))
+    rows = ex.reshape(_swapped(halves), expr.shape)
+    return _swapped(rows) if transposed else rows
 
 
 class Transposed(_Single):
@@ -260,7 +277,7 @@ def misfit(source: str, error: Misfit | LookupError) -> Problem:
     return Problem(
         f"{source} {error}" if isinstance(error, Misfit) else f"{source} cannot be cut: {error.args[0]}",
         where=source,
-        why="config.json is not this model's",
+        why="the tensor and config.json are not of one model",
         fix="pass the config that training used: --hf_model_config_path DIR",
         kind="contradiction",
     )

@@ -1,0 +1,123 @@
+"""What each rank of a Megatron checkpoint holds: which layers and experts, and what lies outside the layers."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from nbmerge.display import words
+from nbmerge.display.collapse import numbers_in_words
+from nbmerge.display.model import Cell, Column, Section, Table
+from nbmerge.display.shards import file_label, has_ranks, holders_of, is_stored_once
+from nbmerge.errors import listing, plural
+from nbmerge.geometry import Box
+from nbmerge.layout import Checkpoint, LazyTensor
+
+_RANKS = 16
+_OPENED = 8  # ranks up to which the table starts unfolded
+_LAYER = re.compile(r"(?:^|\.)(?<!vision_model\.)decoder\.layers\.(?:(\d+)\.)?")
+_EXPERT = re.compile(
+    r"\.experts\.(?:local_experts\.(\d+)\.|experts\.(?:(\d+)\.)?|linear_fc[12]\.(?:weight|bias)(\d+)$)"
+)
+
+
+@dataclass(slots=True)
+class _Held:
+    """What one rank holds. beside: the modules that are in no layer."""
+
+    pieces: int = 0
+    nbytes: int = 0
+    layers: set[int] = field(default_factory=set)
+    experts: set[int] = field(default_factory=set)
+    beside: dict[str, None] = field(default_factory=dict)
+    file: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class _Axes:
+    """Where a tensor's layer and expert numbers are: in its name, or in a dimension, or nowhere."""
+
+    layer: int | None
+    expert: int | None
+    layer_dim: int | None
+    expert_dim: int | None
+    module: str
+
+    @staticmethod
+    def of(name: str) -> _Axes:
+        layer, expert = _LAYER.search(name), _EXPERT.search(name)
+        dims = iter(range(2))
+        layer_number = int(layer[1]) if layer and layer[1] else None
+        expert_number = next((int(digits) for digits in expert.groups() if digits), None) if expert else None
+        layer_dim = next(dims) if layer and layer_number is None else None
+        expert_dim = next(dims) if expert and expert_number is None else None
+        module = "" if layer else ".".join(name.split(".")[-2:-1])
+        return _Axes(layer_number, expert_number, layer_dim, expert_dim, module)
+
+    def note(self, held: _Held, box: Box) -> None:
+        """Writes down what the box is of."""
+        for found, number, dim in (
+            (held.layers, self.layer, self.layer_dim),
+            (held.experts, self.expert, self.expert_dim),
+        ):
+            if number is not None:
+                found.add(number)
+            elif dim is not None and dim < len(box.shape):
+                found.update(range(box.offset[dim], box.stop[dim]))
+        if self.module:
+            held.beside.setdefault(self.module)
+
+
+def ranks_section(checkpoint: Checkpoint) -> Iterator[Section]:
+    """A row for each rank; nothing where the files do not say who stored what, or where all ranks hold the same."""
+    first = next(iter(checkpoint.tensors.values()), None)
+    if checkpoint.names != "megatron" or checkpoint.world_size == 1 or first is None or not has_ranks(first):
+        return
+    held: dict[int, _Held] = {}
+    for tensor in checkpoint.tensors.values():
+        _add(held, tensor)
+    once = is_stored_once(first)
+    yield Section(
+        "Ranks",
+        f"what each of {plural(len(held), 'rank')} {'wrote' if once else 'holds'}",
+        tables=(_table(held, once=once),),
+        notes=(_WROTE,) if once else (),
+        opened=len(held) <= _OPENED,
+    )
+
+
+_WROTE = "one copy of everything is stored: what several ranks held is counted at the one that wrote it"
+
+
+def _add(held: dict[int, _Held], tensor: LazyTensor) -> None:
+    axes = _Axes.of(tensor.name)
+    for chunk in tensor.chunks:
+        if not chunk.box.numel:
+            continue
+        stored = {chunk.rank: chunk.stored, **dict(chunk.replicas)}
+        for rank in holders_of(chunk):
+            one = held.setdefault(rank, _Held())
+            one.pieces += 1
+            one.nbytes += stored[rank].nbytes
+            one.file = one.file or stored[rank].file
+            axes.note(one, chunk.box)
+
+
+def _table(held: dict[int, _Held], *, once: bool) -> Table:
+    total = sum(one.nbytes for one in held.values())
+    has_experts = any(one.experts for one in held.values())
+    columns = [Column("rank"), Column("layers")]
+    columns += [Column("experts")] if has_experts else []
+    columns += [Column("beside the layers", code=True), Column("pieces", number=True), Column("bytes", number=True),
+                Column("share", number=True)]  # fmt: skip
+    rows = []
+    for rank, one in sorted(held.items())[:_RANKS]:
+        name = f"{rank:,}" if once else f"{rank:,} ({file_label(one.file).partition('/')[0]})"
+        beside = listing(one.beside, shown=3) if one.beside else "·"
+        texts = [words.elide(name, 40), numbers_in_words(one.layers)]
+        texts += [numbers_in_words(one.experts)] if has_experts else []
+        texts += [words.elide(beside), f"{one.pieces:,}", words.byte_size(one.nbytes)]
+        share = Cell(words.percent(one.nbytes, total), bar=one.nbytes / (total or 1))
+        rows.append((*map(Cell, texts), share))
+    return Table(tuple(columns), tuple(rows), hidden=max(len(held) - _RANKS, 0), rows_are="ranks")

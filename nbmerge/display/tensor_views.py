@@ -1,0 +1,105 @@
+"""What is shown of one tensor of a checkpoint: which rank and file hold which box of it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from nbmerge import expressions as ex
+from nbmerge.display import words
+from nbmerge.display.meshes import axis_label
+from nbmerge.display.model import Cell, Column, Fact, Section, Table, View
+from nbmerge.display.shards import along, cut_of, file_label, has_ranks, is_stored_once
+from nbmerge.errors import plural
+from nbmerge.layout import Chunk, LazyTensor
+
+_PIECES = 32
+_ONCE = ", once; how many ranks held it is not in the files"
+
+
+def tensor_view(tensor: LazyTensor) -> View:
+    """Shape, dtype and placement, and which rank and file hold which box."""
+    facts = [
+        Fact("shape", words.shape_of(tensor.shape)),
+        Fact("dtype", str(tensor.dtype)),
+        Fact("bytes", words.exact_bytes(tensor.nbytes)),
+        Fact("elements", f"{tensor.numel:,}"),
+    ]
+    for axis in tensor.mesh[:8]:
+        pieces = along(tensor, axis)
+        facts.append(Fact(f"on {axis_label(axis)}", words.elide(axis.placement) + (f": {pieces}" if pieces else "")))
+    cut = cut_of(tensor) if tensor.chunks else None
+    if not tensor.mesh:
+        facts.append(Fact("placement", "not cut" if cut and cut.stored_once else tensor.placement))
+    if cut:
+        facts.append(Fact("stored" if cut.stored_once else "cut", cut.in_words + (_ONCE if cut.stored_once else "")))
+        section = _chunks_section(tensor)
+    else:
+        section = _made_of_section(tensor)
+    stored = len(tensor.chunks) or len(_stored(tensor))
+    sentence = (
+        f"{words.elide(tensor.name)} is {words.shape_of(tensor.shape)} {tensor.dtype}, "
+        f"{words.byte_size(tensor.nbytes)}, in {plural(stored, 'stored piece')}"
+    )
+    return View("Lazy tensor", sentence, facts=tuple(facts), sections=(section,))
+
+
+def _chunks_section(tensor: LazyTensor) -> Section:
+    """The map from boxes to ranks and files, with the columns that the checkpoint can fill."""
+    ranks, copies = has_ranks(tensor), any(chunk.replicas for chunk in tensor.chunks)
+    columns = [Column("box", code=True), Column("shape"), Column("bytes", number=True), Column("share", number=True)]
+    if ranks:
+        columns.append(Column("written by rank" if is_stored_once(tensor) else "rank", number=True))
+    columns += [Column("copies on ranks")] if copies else []
+    columns += [Column("file", code=True), Column("at byte", number=True)]
+    rows = []
+    for chunk in tensor.chunks[:_PIECES]:
+        cells = [*_box_cells(chunk, tensor)]
+        cells += [Cell(f"{chunk.rank:,}")] if ranks else []
+        cells += [Cell(ranks_in_words([rank for rank, _ in chunk.replicas]))] if copies else []
+        rows.append((*cells, Cell(words.elide(file_label(chunk.stored.file))), Cell(f"{chunk.stored.offset:,}")))
+    hidden = max(len(tensor.chunks) - _PIECES, 0)
+    table = Table(tuple(columns), tuple(rows), hidden=hidden, rows_are="boxes", rest=".chunks")
+    summary = "1 box" if len(tensor.chunks) == 1 else f"{len(tensor.chunks):,} boxes"
+    return Section("Shard map", summary, tables=(table,), opened=True)
+
+
+def _box_cells(chunk: Chunk, tensor: LazyTensor) -> tuple[Cell, ...]:
+    nbytes = chunk.stored.nbytes
+    return (
+        Cell(str(chunk.box)),
+        Cell(words.shape_of(chunk.box.shape)),
+        Cell(words.byte_size(nbytes) if chunk.box.numel else "empty"),
+        Cell(words.percent(nbytes, tensor.nbytes), bar=nbytes / (tensor.nbytes or 1)),
+    )
+
+
+def ranks_in_words(ranks: Sequence[int]) -> str:
+    """`1, 3`; for many the first and how many; `·` for none."""
+    if not ranks:
+        return "·"
+    shown = ", ".join(f"{rank:,}" for rank in ranks[:6])
+    return shown if len(ranks) <= 6 else f"{shown} and {len(ranks) - 6:,} more"
+
+
+def _stored(tensor: LazyTensor) -> list[ex.Stored]:
+    return [node for node in ex.walk(tensor.expr) if isinstance(node, ex.Stored)]
+
+
+def _made_of_section(tensor: LazyTensor) -> Section:
+    """For a tensor that was cut out of others: the nodes of its expression, and the stored pieces below them."""
+    kinds = Counter(type(node).__name__.lower() for node in ex.walk(tensor.expr))
+    columns = (Column("stored piece", code=True), Column("shape"), Column("bytes", number=True))
+    stored = _stored(tensor)
+    rows = tuple(
+        (
+            Cell(words.elide(Path(node.file).name)),
+            Cell(words.shape_of(node.shape)),
+            Cell(words.byte_size(node.nbytes)),
+        )
+        for node in stored[:_PIECES]
+    )
+    table = Table(columns, rows, hidden=max(len(stored) - _PIECES, 0), rows_are="pieces", rest=".expr")
+    summary = "an expression of " + ", ".join(f"{count:,} {name}" for name, count in kinds.items())
+    return Section("Made of", summary, tables=(table,), opened=True)
