@@ -26,7 +26,8 @@ HEAVY = (
 SHOWING = ("nbmerge.display", "nbmerge.magics", "IPython", "ipywidgets", "matplotlib")
 ENGINE_ROOMS = (
     "nbmerge.geometry", "nbmerge.dtypes", "nbmerge.expressions", "nbmerge.layout", "nbmerge.errors", "nbmerge.options",
-    "nbmerge.equalities", "nbmerge.overrides", "nbmerge.plan", "nbmerge.planning", "nbmerge.receipt", "nbmerge.report", "nbmerge.side_files",
+    "nbmerge.equalities", "nbmerge.overrides",
+    "nbmerge.plan", "nbmerge.planning", "nbmerge.receipt", "nbmerge.report", "nbmerge.side_files",
     "nbmerge.loaders", "nbmerge.loaders.fsdp", "nbmerge.naming", "nbmerge.naming.published", "nbmerge.naming.meta",
     "nbmerge.naming.recorder", "nbmerge.engine", "nbmerge.engine.copy", "nbmerge.engine.execute", "nbmerge.engine.read",
     "nbmerge.engine.publish", "nbmerge.engine.safetensors_file", "nbmerge.engine.comparison", "nbmerge.validator",

@@ -31,7 +31,7 @@ _STYLE = """<style>
 _BAR = "rgba(76,139,245,.35)"
 _LEFT = ' style="text-align:left"'
 _HEAD = ' style="text-align:left;font-weight:normal"'
-_SHORT = 24  # characters of a cell that are kept on one line
+_SHORT = 23  # characters of a cell that are kept on one line
 _NAME = 60  # characters of a name that are kept on one line where the style is kept
 _TABLE = '<div style="overflow-x:auto"><table style="border-collapse:collapse;margin:4px 0 8px 0"'
 _ALERTS = {  # mark, edge, ground

@@ -39,10 +39,10 @@ def axis_label(axis: MeshAxis) -> str:
 
 
 def placement_in_words(tensor: LazyTensor, checkpoint: Checkpoint) -> str:
-    """`Shard(0)×4`; where one axis means layers and another experts, with their names: `pp:Shard(0) · tp:Shard(2)`."""
+    """`Shard(0)×4`; where one axis means layers and another experts, with their names: `pp:Shard(0), tp:Shard(2)`."""
     if checkpoint.names != "megatron":
         return tensor.placement
-    return " · ".join(f"{axis.name}:{axis.placement}" for axis in tensor.mesh) or "not cut"
+    return ", ".join(f"{axis.name}:{axis.placement}" for axis in tensor.mesh) or "not cut"
 
 
 def table_axes(checkpoint: Checkpoint, meshes: Sequence[tuple[MeshAxis, ...]]) -> list[MeshAxis]:

@@ -13,7 +13,7 @@ from tests.support.megatron import megatron_pieces, write_torch_dist
 
 
 def make(directory: Path, gigabytes: float) -> None:
-    """A checkpoint of about so many gigabytes of fp32 weights, as verl 0.5 to 0.8 lays it out. Needs twice the memory."""
+    """A checkpoint of about so many gigabytes of fp32 weights, as verl 0.5 to 0.8 lays it out. Needs twice that."""
     from transformers import Qwen2ForCausalLM
 
     config = config_of(gigabytes)
