@@ -1,7 +1,7 @@
 """Looks through a pickle's opcodes before it is read, for those that take memory out of all proportion to its size.
 
-The C unpickler keeps its memo as an array that reaches to the highest index: five damaged bytes (LONG_BINPUT and an
-index) make it fill tens of gigabytes. Fixed in CPython 3.15 (gh-115952); older versions are what people have.
+CPython's unpickler keeps its memo as an array that reaches to the highest index (Modules/_pickle.c, seen with 3.11):
+five damaged bytes, LONG_BINPUT and an index, make it fill tens of gigabytes.
 """
 
 from __future__ import annotations

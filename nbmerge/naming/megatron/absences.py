@@ -32,7 +32,7 @@ class Gaps:
     @staticmethod
     def of(names: Sequence[str], held: Iterable[str]) -> Gaps:
         """The gaps beside the names that something fills."""
-        held = list(held)
+        held = list(held) if names else []
         filled = {prefix for name in held for prefix in _prefixes(name)}
         rows = {_NUMBERS.sub("N", name) for name in held}
         parts = {name: next((p for p in _prefixes(name) if p not in filled), "") for name in names}
