@@ -61,7 +61,7 @@ class MergeOptions:
         metavar="FILE", path=True,
     )  # fmt: skip
     allow_drift: bool = _option(
-        False, "merge although ranks of a Megatron checkpoint hold different copies of a tensor; each is listed",
+        False, "merge although ranks of a Megatron checkpoint hold different copies of a tensor",
         shapes=True,
     )  # fmt: skip
     base_model: str | None = _option(
