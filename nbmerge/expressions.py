@@ -15,7 +15,7 @@ from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING
 
 from nbmerge.dtypes import DType
-from nbmerge.geometry import Box, Shape, contiguous_strides, viewed_strides
+from nbmerge.geometry import Box, Shape, contiguous_strides, viewed_strides, with_dim
 
 if TYPE_CHECKING:
     import torch
@@ -270,9 +270,7 @@ def _slice_of_paste(paste: Paste, box: Box) -> Expr:
 def narrow(expr: Expr, dim: int, start: int, length: int) -> Expr:
     """Rows `start` to `start + length` of dimension `dim`."""
     whole = Box.whole(expr.shape)
-    offset, shape = list(whole.offset), list(whole.shape)
-    offset[dim], shape[dim] = start, length
-    return slice_of(expr, Box(tuple(offset), tuple(shape)))
+    return slice_of(expr, Box(with_dim(whole.offset, dim, start), with_dim(whole.shape, dim, length)))
 
 
 def reshape(expr: Expr, shape: Shape) -> Expr:

@@ -168,6 +168,11 @@ def local_box(
     return Box(tuple(offset), tuple(extent))
 
 
+def with_dim(values: Shape, dim: int, value: int) -> Shape:
+    """A shape or an offset with another value in one dimension."""
+    return (*values[:dim], value, *values[dim + 1 :])
+
+
 def tiling_faults(shape: Shape, boxes: Iterable[Box]) -> list[str]:
     """Why the boxes do not tile a tensor of `shape` exactly: boxes outside, overlaps, elements left out.
 

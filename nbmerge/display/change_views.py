@@ -8,10 +8,10 @@ from nbmerge.display import words
 from nbmerge.display.collapse import collapse
 from nbmerge.display.model import Cell, Column, Table
 from nbmerge.errors import listing, plural
+from nbmerge.naming.notes import ZEROS
 from nbmerge.plan import MergePlan
 
 _ROWS = 16
-ZEROS = "zeros"  # the origin of a fill that is no base model
 
 
 def changes_in_words(plan: MergePlan) -> str:

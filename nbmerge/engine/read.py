@@ -14,7 +14,7 @@ from nbmerge.dtypes import DType
 from nbmerge.engine.lower import Piece, pieces
 from nbmerge.engine.sources import Sources
 from nbmerge.expressions import Cast, Compute, Expr, Fill, Paste, Permute, Reshape, Slice, Stored
-from nbmerge.geometry import Box, reshape_box
+from nbmerge.geometry import Box, reshape_box, with_dim
 
 # Elements are moved as unsigned integers of their size, whatever they mean.
 Words = npt.NDArray[np.unsignedinteger[Any]]
@@ -134,18 +134,14 @@ def _compute(expr: Compute, region: Box, sources: Sources) -> Words:
     for source in expr.inputs:
         box = Box.whole(source.shape)
         if axis is not None:
-            box = Box(_with(box.offset, axis, region.offset[axis]), _with(box.shape, axis, region.shape[axis]))
+            box = Box(with_dim(box.offset, axis, region.offset[axis]), with_dim(box.shape, axis, region.shape[axis]))
         inputs.append(to_torch(evaluate(source, box, sources), source.dtype))
     made = expr.function(*inputs)
     if str(made.dtype) != f"torch.{expr.dtype}":
         raise TypeError(f"{expr.name} gave {made.dtype}, its plan says {expr.dtype}")
     result = from_torch(made, expr.dtype)
-    start = region.offset if axis is None else _with(region.offset, axis, 0)
+    start = region.offset if axis is None else with_dim(region.offset, axis, 0)
     return _window(result, Box(start, region.shape))
-
-
-def _with(values: tuple[int, ...], dim: int, value: int) -> tuple[int, ...]:
-    return (*values[:dim], value, *values[dim + 1 :])
 
 
 def _cast(values: Words, before: DType, after: DType) -> Words:

@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
+from typing import TypeVar
 
 from nbmerge.errors import Problem, listing
 from nbmerge.expressions import Expr, Paste, Stored
 from nbmerge.geometry import Box, Placement, Shape, local_box, tiling_faults, unravel
 from nbmerge.layout import Chunk, LazyTensor, MeshAxis
 from nbmerge.loaders.pieces import BoxPiece, MeshPiece, Piece, PlainPiece
+
+Opinion = TypeVar("Opinion")
+Who = TypeVar("Who")
 
 
 @dataclass(frozen=True)
@@ -47,11 +51,8 @@ class Assembler:
                 kind="missing",
             )
         for what, of in (("kind", _kind), ("dtype", _dtype), ("shape", _shape), ("placement", _placements)):
-            said: dict[object, list[int]] = {}
-            for rank, piece in pieces.items():
-                said.setdefault(of(piece), []).append(rank)
-            if len(said) > 1:
-                (a, a_ranks), (b, b_ranks) = list(said.items())[:2]
+            if two := two_opinions((of(piece), rank) for rank, piece in pieces.items()):
+                (a, a_ranks), (b, b_ranks) = two
                 return Problem(
                     f"the ranks disagree on the {what} of {name}: {a} and {b}",
                     where=f"rank {listing(a_ranks)}; rank {listing(b_ranks)}",
@@ -183,6 +184,14 @@ def global_shape(pieces: Mapping[int, Piece], mesh: Shape, placements: tuple[Pla
                 seen[tuple(coordinate[i] for i in cut)] = piece.stored.shape[dim]
         shape[dim] = sum(seen.values())
     return tuple(shape)
+
+
+def two_opinions(said: Iterable[tuple[Opinion, Who]]) -> tuple[tuple[Opinion, list[Who]], ...]:
+    """The first two values that are said, each with those who say it; empty where all say the same."""
+    found: dict[Opinion, list[Who]] = {}
+    for value, who in said:
+        found.setdefault(value, []).append(who)
+    return tuple(found.items())[:2] if len(found) > 1 else ()
 
 
 def paste(

@@ -8,11 +8,9 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from nbmerge.engine.events import Advanced, Ended, Started
 from nbmerge.errors import (
     CheckpointError,
     CorruptFileError,
@@ -26,6 +24,7 @@ from nbmerge.expressions import Stored
 from nbmerge.geometry import Box
 from nbmerge.loaders.base import OpenOptions
 from nbmerge.loaders.dcp_metadata import StoredChunk, TensorEntry
+from nbmerge.loaders.reading import read_all
 from nbmerge.loaders.torch_zip import TorchZip
 from nbmerge.loaders.unpickle import InertUnpickler, run
 
@@ -54,22 +53,19 @@ def locate(directory: Path, tensors: Mapping[str, TensorEntry], options: OpenOpt
         for chunk in entry.chunks:
             by_file.setdefault(chunk.file, []).append((name, chunk))
     _check_files(directory, {file: [chunk for _, chunk in chunks] for file, chunks in by_file.items()})
-    options.listener(Started("reading", sum(chunk.length for each in by_file.values() for _, chunk in each)))
     located: Located = {name: [] for name in tensors}
     problems: list[Problem] = []
 
     def read(file: str) -> list[Stored | Problem]:
         return _tensors_of_file(directory / file, [(n, c, tensors[n]) for n, c in by_file[file]], options.trust_pickle)
 
-    with ThreadPoolExecutor(max(1, options.workers)) as pool:
-        for (file, chunks), found in zip(by_file.items(), pool.map(read, by_file), strict=True):
-            for (name, chunk), stored in zip(chunks, found, strict=True):
-                if isinstance(stored, Problem):
-                    problems.append(stored)
-                else:
-                    located[name].append((rank_of(file), chunk.box, stored))
-            options.listener(Advanced(sum(chunk.length for _, chunk in chunks)))
-    options.listener(Ended("reading"))
+    sizes = {file: sum(chunk.length for _, chunk in chunks) for file, chunks in by_file.items()}
+    for file, found in read_all(sizes, options, read).items():
+        for (name, chunk), stored in zip(by_file[file], found, strict=True):
+            if isinstance(stored, Problem):
+                problems.append(stored)
+            else:
+                located[name].append((rank_of(file), chunk.box, stored))
     if problems:
         raise CorruptFileError(f"{plural(len(problems), 'chunk')} cannot be read in {directory}", problems=problems)
     return located

@@ -35,9 +35,12 @@ class Trim:
     kept: int
 
 
+ZEROS = "zeros"
+
+
 @dataclass(frozen=True, slots=True)
 class Filled:
-    """An output that the checkpoint does not hold, and what it is written from: `zeros`, or a base model."""
+    """An output that the checkpoint does not hold, and what it is written from: ZEROS, or a base model's directory."""
 
     name: str
     origin: str

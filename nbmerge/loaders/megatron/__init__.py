@@ -74,18 +74,13 @@ class MegatronLoader(Loader):
 
 def _read(place: Place, options: OpenOptions, config_dir: Path | None) -> Contents:
     if place.kind == "ranks":
-        return open_rank_files(place.weights, options, _config(config_dir))
+        return open_rank_files(place.weights, options, json_object(config_dir / "config.json") if config_dir else None)
     settings = place.transformer_config or _arguments(place.weights, options)
     refuse_interleaved(settings, str(place.root))
     sizes = ParallelSizes.of(settings)
     if place.kind == "zarr":
         return open_zarr(place.weights, sizes)
     return open_torch_dist(place.weights, options, sizes)
-
-
-def _config(config_dir: Path | None) -> Mapping[str, Any] | None:
-    """config.json, where it can be read; planning says what is wrong with one that cannot."""
-    return json_object(config_dir / "config.json") or None if config_dir is not None else None
 
 
 def _arguments(directory: Path, options: OpenOptions) -> Mapping[str, Any]:

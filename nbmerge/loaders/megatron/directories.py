@@ -17,11 +17,11 @@ from typing import Any
 
 from nbmerge.errors import CheckpointError, IncompleteCheckpointError, listing
 from nbmerge.loaders.dcp_metadata import METADATA
+from nbmerge.loaders.megatron.files import WEIGHTS
 
 TRACKER = "latest_checkpointed_iteration.txt"
 _ITERATION = re.compile(r"iter_\d{7,}|release")
 _LONGEST_STEP = 64  # characters
-_RANK_FILES = ("model_optim_rng.pt", "model.pt", "model_rng.pt")
 _CONFIG_FOLDERS = ("huggingface", "hf_config_and_tokenizer")
 # Parts of names that every index of Megatron's models has; an index of torch's own has other words.
 _WORDS = (b"decoder.layers.", b"decoder.final_layernorm.", b"decoder.final_norm.")
@@ -157,7 +157,7 @@ def _has_weights(folder: Path) -> bool:
 
 
 def _is_rank_folder(child: Path) -> bool:
-    return child.name.startswith("mp_rank_") and any((child / name).is_file() for name in _RANK_FILES)
+    return child.name.startswith("mp_rank_") and any((child / name).is_file() for name in WEIGHTS)
 
 
 def _names_megatron(path: Path) -> bool:

@@ -96,26 +96,12 @@ def _by_bytes(name: str, held: list[Held], grid: Grid) -> ExpertShards:
 
 def starts_alike(tensors: Iterable[Stored], limit: int = _PROBED) -> bool:
     """Whether the tensors, of one shape, begin with the same bytes. Reads at most `limit` bytes of each."""
+    from nbmerge.engine.lower import blocks
     from nbmerge.engine.read import read
     from nbmerge.engine.sources import LocalFiles
 
     first, *others = tensors
-    region = _start_of(first, limit)
+    region = next(blocks(first.shape, first.dtype.itemsize, limit), Box.whole(first.shape))
     with LocalFiles() as sources:
         want = read(first, region, sources)
         return all(one.shape == first.shape and bool((read(one, region, sources) == want).all()) for one in others)
-
-
-def _start_of(stored: Stored, limit: int) -> Box:
-    """As many of the first rows as fit in the limit, and one at least where that does."""
-    shape = list(stored.shape)
-    left = max(limit // stored.dtype.itemsize, 1)
-    for dim in range(len(shape)):
-        inner = 1
-        for size in shape[dim + 1 :]:
-            inner *= size
-        if inner <= left:
-            shape[dim] = min(shape[dim], left // max(inner, 1))
-            break
-        shape[dim] = min(shape[dim], 1)
-    return Box((0,) * len(shape), tuple(shape))

@@ -19,7 +19,9 @@ from nbmerge.layout import SourceFile
 # mp_rank_TT, then _PPP where there are pipeline stages and _EEE where there are expert parallel ranks
 # (megatron/training/checkpointing.py, get_checkpoint_name).
 _FOLDER = re.compile(r"mp_rank_(\d{2,})(?:_(\d{3,}))?(?:_(\d{3,}))?")
-_WEIGHTS = ("model_optim_rng.pt", "model_rng.pt", "model.pt")
+WEIGHTS = ("model_optim_rng.pt", "model_rng.pt", "model.pt")
+
+COPY_AGAIN = "copy the files of all ranks again from one save"
 
 Numbers = tuple[int, ...]
 """The numbers in a folder's name: tensor parallel rank, then pipeline stage, expert parallel rank, both or neither."""
@@ -43,7 +45,7 @@ class RankFiles:
             raise IncompleteCheckpointError(
                 f"{plural(len(absent), 'folder')} of {len(folders)} without a file of weights",
                 where=f"{directory}: {listing(folder.name for folder in absent)}",
-                why=f"each holds {' or '.join(_WEIGHTS)}; saving may have been stopped",
+                why=f"each holds {' or '.join(WEIGHTS)}; saving may have been stopped",
                 fix="copy the files from the machines that trained, or use an older step",
             )
         _check_names(directory, weights)
@@ -75,7 +77,7 @@ def _folders(directory: Path) -> dict[Numbers, Path]:
 
 
 def _weights_in(folder: Path) -> Path | None:
-    found = [folder / name for name in _WEIGHTS if (folder / name).is_file()]
+    found = [folder / name for name in WEIGHTS if (folder / name).is_file()]
     if len(found) > 1:
         raise InconsistentCheckpointError(
             f"one rank has {len(found)} files of weights: {listing(path.name for path in found)}",

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from nbmerge.errors import Problem
 from nbmerge.expressions import Stored
 from nbmerge.geometry import Shape
+from nbmerge.loaders.megatron.files import COPY_AGAIN
 from nbmerge.loaders.megatron.grid import Grid
 from nbmerge.loaders.megatron.names import Held
 from nbmerge.loaders.megatron.parallel import TensorCut
@@ -49,7 +50,7 @@ def stacks(
     """Both stacked tensors of a layer, from its two grouped ones."""
     if len(pair) < 2:
         return Problem(f"{prefix}weight{next(iter(pair))} is alone: weight1 and weight2 belong together",
-                       fix="copy the files of all ranks again from one save", kind="missing")  # fmt: skip
+                       fix=COPY_AGAIN, kind="missing")  # fmt: skip
     up, down = pair["1"], pair["2"]
     router = routers.get(f"{prefix.removesuffix('experts.')}router.weight")
     experts = next(iter(router[0].stored.shape), 0) if router else settings.expert_count

@@ -15,6 +15,7 @@ from typing import Any
 
 from nbmerge.errors import Problem, listing, plural
 from nbmerge.expressions import Stored
+from nbmerge.loaders.megatron.files import COPY_AGAIN
 from nbmerge.loaders.megatron.grid import At
 from nbmerge.loaders.standins import StandIn
 
@@ -22,7 +23,6 @@ _LAYER = re.compile(r"((?:.*?\.)?layers\.)(\d{1,9})(\..+)")
 # sequential experts, and those of transformer_engine's grouped layers
 _SEQUENTIAL = re.compile(r"((?:.*\.)?experts\.)(local_experts\.)(\d{1,9})(\..+)")
 _GROUPED = re.compile(r"((?:.*\.)?experts\.)(linear_fc[12]\.(?:weight|bias))(\d{1,9})()")
-_AGAIN = "copy the files of all ranks again from one save"
 
 Chunks = Sequence[Mapping[str, Any]]
 """The state dicts of a file's virtual pipeline stages; one without virtual stages."""
@@ -127,7 +127,7 @@ def _first_layers(models: Mapping[At, Chunks], problems: list[Problem]) -> dict[
 def _not_from_zero(what: str, numbers: Iterable[int], where: str) -> Problem:
     return Problem(
         f"the {what} are numbered {listing(sorted(numbers), shown=6)}, and not from 0 on without a gap",
-        where=where, why="each rank counts from 0; some entries are missing, or the file was edited", fix=_AGAIN,
+        where=where, why="each rank counts from 0; some entries are missing, or the file was edited", fix=COPY_AGAIN,
         kind="missing",
     )  # fmt: skip
 
@@ -168,7 +168,7 @@ def _expert_counts(models: Mapping[At, Chunks], problems: list[Problem]) -> dict
                         f"{key[0]}* has {plural(len(numbers), 'expert')} on one rank and {counts[key]} on another",
                         where=str(at),
                         why="expert parallel ranks hold equally many",
-                        fix=_AGAIN,
+                        fix=COPY_AGAIN,
                         kind="contradiction",
                     )
                 )

@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from nbmerge.errors import Problem
-from nbmerge.geometry import Box, Shape
+from nbmerge.geometry import Box, Shape, with_dim
+from nbmerge.loaders.megatron.files import COPY_AGAIN
 from nbmerge.loaders.megatron.settings import Settings
 
 _COLUMN = {
@@ -55,18 +56,14 @@ class TensorCut:
             yield Box.whole(shape), Box.whole(shape)
             return
         length = shape[self.dim] // self.halves
-        extent = _with(shape, self.dim, length)
+        extent = with_dim(shape, self.dim, length)
         origin = (0,) * len(shape)
         for half in range(self.halves):
             at = (half * ranks + rank) * length
-            yield Box(_with(origin, self.dim, at), extent), Box(_with(origin, self.dim, half * length), extent)
+            yield Box(with_dim(origin, self.dim, at), extent), Box(with_dim(origin, self.dim, half * length), extent)
 
 
 _WHOLE = TensorCut(None)
-
-
-def _with(values: Shape, dim: int, value: int) -> Shape:
-    return (*values[:dim], value, *values[dim + 1 :])
 
 
 def tensor_cut(name: str, shape: Shape, ranks: int, shape_of: ShapeOf, settings: Settings) -> TensorCut | Problem:
@@ -108,7 +105,7 @@ def _up_projection(name: str, match: re.Match[str], shape: Shape, shape_of: Shap
             f"{name} has {list(shape)} on each rank, and {down} {held}",
             why="whether gate and up projection are one tensor shows in linear_fc2's columns: half as many as "
             "linear_fc1's rows, or as many",
-            fix="copy the files of all ranks again from one save",
+            fix=COPY_AGAIN,
             kind="ambiguous" if width is None else "contradiction",
         )
     return TensorCut(0, halves=2 if shape[0] == 2 * width[1] and width[1] else 1)

@@ -9,7 +9,7 @@ from typing import Any
 
 from nbmerge.errors import InconsistentCheckpointError, UnsupportedCheckpointError, listing
 from nbmerge.expressions import Stored
-from nbmerge.loaders.megatron.files import Numbers
+from nbmerge.loaders.megatron.files import COPY_AGAIN, Numbers
 from nbmerge.loaders.megatron.names import Chunks
 from nbmerge.loaders.megatron.pickles import saved_arguments
 
@@ -69,7 +69,7 @@ def common_arguments(states: Mapping[Numbers, Any], files: Mapping[Numbers, Path
                 "the files are not of one save: " + listing(differing),
                 where=f"{files[first]}; {files[numbers]}",
                 why="files of two iterations or two runs were mixed",
-                fix="copy the files of all ranks again from one save",
+                fix=COPY_AGAIN,
             )
     return saved_arguments(states[first])
 
@@ -93,5 +93,5 @@ def check_virtual_stages(models: Mapping[Numbers, Chunks], files: Mapping[Number
             "the numbers of virtual pipeline stages differ: " + listing(words)
             + (f", {said} by the arguments" if said else ""),
             why="every file holds one state dict for each virtual stage",
-            fix="copy the files of all ranks again from one save",
+            fix=COPY_AGAIN,
         )  # fmt: skip

@@ -9,12 +9,11 @@ from nbmerge.errors import Problem, listing, plural
 from nbmerge.expressions import Stored
 from nbmerge.geometry import Box
 from nbmerge.layout import LazyTensor, MeshAxis
-from nbmerge.loaders.assemble import paste
+from nbmerge.loaders.assemble import paste, two_opinions
+from nbmerge.loaders.megatron.files import COPY_AGAIN
 from nbmerge.loaders.megatron.grid import At, Grid
 from nbmerge.loaders.megatron.names import Held
 from nbmerge.loaders.megatron.parallel import TensorCut
-
-_AGAIN = "copy the files of all ranks again from one save"
 
 
 def disagreement(name: str, held: Sequence[Held], grid: Grid, *, of_one_expert: bool) -> Problem | None:
@@ -29,20 +28,17 @@ def disagreement(name: str, held: Sequence[Held], grid: Grid, *, of_one_expert: 
     if absent:
         return Problem(
             f"{name} is missing from {plural(len(absent), 'file')}", where=listing(grid.files[at] for at in absent),
-            why="every rank of a pipeline stage stores the same names", fix=_AGAIN, kind="missing",
+            why="every rank of a pipeline stage stores the same names", fix=COPY_AGAIN, kind="missing",
         )  # fmt: skip
     for what in ("shape", "dtype"):
-        said: dict[str, list[Held]] = {}
-        for one in held:
-            value = list(one.stored.shape) if what == "shape" else one.stored.dtype
-            said.setdefault(str(value), []).append(one)
-        if len(said) > 1:
-            (a, first), (b, second) = list(said.items())[:2]
+        said = ((str(list(one.stored.shape) if what == "shape" else one.stored.dtype), one) for one in held)
+        if two := two_opinions(said):
+            (a, first), (b, second) = two
             return Problem(
                 f"the ranks disagree on the {what} of {name}: {a} and {b}",
                 where=f"{grid.files[first[0].at]}; {grid.files[second[0].at]}",
                 why="the files of the ranks are not of one save",
-                fix=_AGAIN,
+                fix=COPY_AGAIN,
                 kind="contradiction",
             )
     return None

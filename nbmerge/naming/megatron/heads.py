@@ -8,7 +8,7 @@ from nbmerge.errors import Problem
 from nbmerge.expressions import Fill
 from nbmerge.naming.facts import ModelFacts
 from nbmerge.naming.megatron.rename import Renamed
-from nbmerge.naming.notes import Filled
+from nbmerge.naming.notes import ZEROS, Filled
 
 _VALUE, _BIAS, _OUTPUT = "score.weight", "score.bias", "output_layer.weight"
 
@@ -20,7 +20,7 @@ def fill_bias(work: Renamed, facts: ModelFacts) -> list[Filled]:
     weight = work.tensors[_VALUE]
     work.tensors[_BIAS] = Fill(0.0, facts.published[_BIAS].shape, weight.dtype)
     work.sources[_BIAS] = work.sources[_VALUE]
-    return [Filled(_BIAS, "zeros", "Megatron's value head has no bias; the class expects one")]
+    return [Filled(_BIAS, ZEROS, "Megatron's value head has no bias; the class expects one")]
 
 
 def mistaken_head(work: Renamed, facts: ModelFacts, base: Container[str]) -> list[Problem]:
