@@ -368,6 +368,19 @@ class TestParallelSizes:
         fc2 = checkpoint["decoder.layers.mlp.experts.experts.linear_fc2.weight"]
         assert fc2.placement == "Shard(0)×2 · Shard(1)×3 · Shard(3)×2"
 
+    def test_halves_of_gate_and_up_are_no_ranks_where_a_size_is_one(self, tmp_path: Path):
+        sizes = ParallelSizes(layers=2, experts=3, tp=1, pp=2, ep=3)
+        tensors = {**stacked(megatron_state("qwen3_moe")), **stacked(megatron_state("llama"))}
+        write_torch_dist(tmp_path / "dist_ckpt", tensors, megatron_pieces(sizes))
+        said = {**self.SIZES, "tensor_model_parallel_size": 1, "expert_model_parallel_size": 3}
+        (tmp_path / "transformer_config.json").write_text(json.dumps({**said, "expert_tensor_parallel_size": 1}))
+        checkpoint = open_checkpoint(tmp_path)
+        assert checkpoint["decoder.layers.mlp.experts.experts.linear_fc1.weight"].placement == "Shard(0)×2 · Shard(1)×3"
+        assert checkpoint["decoder.layers.mlp.linear_fc1.weight"].placement == "Shard(0)×2"
+        (tmp_path / "transformer_config.json").unlink()
+        fc1 = open_checkpoint(tmp_path)["decoder.layers.mlp.linear_fc1.weight"]
+        assert fc1.placement == "Shard(1)×2"  # nothing says that these are halves
+
     def test_sizes_that_the_chunks_contradict_do_no_harm(self, tmp_path: Path):
         tensors = llama()
         self.checkpoint(tmp_path, tensors)

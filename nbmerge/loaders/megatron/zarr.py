@@ -55,7 +55,7 @@ def open_zarr(directory: Path, sizes: ParallelSizes) -> Contents:
     beside = len(arrays) - len(weights)
     note = f"{plural(beside, 'tensor')} of the optimizer left alone"
     return Contents(
-        layout="Megatron zarr", tensors=tensors, files=tuple(files), world_size=max(sizes.tp * sizes.pp, 1),
+        layout="Megatron zarr", tensors=tensors, files=tuple(files), world_size=(sizes.tp or 1) * (sizes.pp or 1),
         mesh=sizes.mesh, notes=(note,) if beside else (),
     )  # fmt: skip
 
