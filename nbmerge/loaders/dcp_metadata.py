@@ -124,9 +124,6 @@ class _Ignored(StandIn):
     def __setstate__(self, state: Any) -> None:
         """Nothing of it is kept."""
 
-    def append(self, _: Any) -> None:
-        """Nothing of it is kept."""
-
 
 _IGNORED = object.__new__(_Ignored)
 _CHECKPOINT = "torch.distributed.checkpoint."

@@ -4,6 +4,7 @@ canonical   one form of the many that names and stacked tensors have on disk
 rules       what can happen to a tensor on its way: copied, cut, un-padded, transposed, packed
 blocks      rows that families share
 families    the tables, one file for each family
+matching    which rule of a table a tensor falls under
 rename      applies a family's table to a checkpoint
 heads       value heads, and configs that have another kind of head
 advice      what is near where no rule fits

@@ -7,10 +7,9 @@ from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from nbmerge.errors import Problem, listing, plural
-from nbmerge.naming.megatron.advice import rows_of
 from nbmerge.naming.megatron.family import Family
+from nbmerge.naming.megatron.matching import any_number, rows_of
 
-_NUMBERS = re.compile(r"(?<=\.)\d+(?=\.)")
 _LAYER = re.compile(r"^(.*\blayers\.)(\d{1,9})\.")
 _NUMBERED = re.compile(r"^(.*\b(\w+)\.)(\d{1,9})\.$")
 _OUTPUT = "output_layer.weight"
@@ -34,9 +33,9 @@ class Gaps:
         """The gaps beside the names that something fills."""
         held = list(held) if names else []
         filled = {prefix for name in held for prefix in _prefixes(name)}
-        rows = {_NUMBERS.sub("N", name) for name in held}
+        rows = {any_number(name) for name in held}
         parts = {name: next((p for p in _prefixes(name) if p not in filled), "") for name in names}
-        torn = {name for name, part in parts.items() if _NUMBERED.match(part) or _NUMBERS.sub("N", name) in rows}
+        torn = {name for name, part in parts.items() if _NUMBERED.match(part) or any_number(name) in rows}
         return Gaps(parts, frozenset(torn))
 
     def beside(self, others: Container[str]) -> Gaps:
@@ -63,13 +62,13 @@ def missing(gaps: Gaps, family: Family, *, with_base: bool = False) -> list[Prob
         if match and match[2] in numbered:
             numbered[match[2]][part] = None
         elif part:
-            modules.setdefault(_NUMBERS.sub("N", part), []).append(name)
+            modules.setdefault(any_number(part), []).append(name)
         else:
             singles.append(name)
     problems = [_gone(kind, list(parts)) for kind, parts in numbered.items() if parts]
     sources = _Sources(family)
     for members in modules.values():
-        if len({_NUMBERS.sub("N", name) for name in members}) == 1:
+        if len({any_number(name) for name in members}) == 1:
             singles += members
         else:
             parts = list(dict.fromkeys(gaps.parts[name] for name in members))
@@ -78,7 +77,7 @@ def missing(gaps: Gaps, family: Family, *, with_base: bool = False) -> list[Prob
             problems.append(_unfilled(what, sources.of(members[0]), family, with_base=with_base))
     by_source: dict[str, list[str]] = {}
     for name in singles:
-        by_source.setdefault(sources.of(name) or _NUMBERS.sub("N", name), []).append(name)
+        by_source.setdefault(sources.of(name) or any_number(name), []).append(name)
     for members in by_source.values():
         more = f" and {len(members) - 1:,} more like it" if members[1:] else ""
         what = f"no tensor of the checkpoint fills {members[0]}{more}"
@@ -97,7 +96,7 @@ class _Sources:
                 self._rows.setdefault(target, row)  # a decoder's before that of multi-token prediction
 
     def of(self, name: str) -> str | None:
-        row = _NUMBERS.sub("N", name)
+        row = any_number(name)
         return next((source for end, source in self._rows.items() if row.endswith(end.replace("{e}", "N"))), None)
 
 

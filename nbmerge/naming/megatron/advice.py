@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from nbmerge.errors import Problem, listing
 from nbmerge.expressions import Expr
 from nbmerge.naming.facts import ModelFacts
 from nbmerge.naming.megatron.family import Family
-from nbmerge.naming.megatron.rules import Rule, Sizes
+from nbmerge.naming.megatron.matching import any_number, match_of, rows_of
+from nbmerge.naming.megatron.rules import Sizes
 
-_NUMBERS = re.compile(r"(?<=\.)\d+(?=\.)")
 _SOUGHT = 8  # strays whose nearest rule is looked for; a message shows fewer
 _ADAPTER = re.compile(r"\.(?:adapters?|lora_[AB]|linear_in|linear_out|to_wrap)\.")
 
@@ -29,7 +29,7 @@ def strays(sources: Mapping[str, str], family: Family) -> list[Problem]:
     """
     by_row: dict[str, list[str]] = {}
     for name, source in sources.items():
-        members = by_row.setdefault(_NUMBERS.sub("N", name), [])
+        members = by_row.setdefault(any_number(name), [])
         if source not in members[-1:]:  # a stacked tensor has many names here
             members.append(source)
     rules = dict(rows_of(family))
@@ -48,18 +48,8 @@ def strays(sources: Mapping[str, str], family: Family) -> list[Problem]:
     return problems
 
 
-def rows_of(family: Family) -> Iterator[tuple[str, Rule]]:
-    """Every row of a table under the name that it has in a checkpoint, N for numbers."""
-    yield from family.ends.items()
-    for stack in family.stacks:
-        for row, rule in stack.rows.items():
-            yield f"{stack.source}N.{row.replace('{e}', 'N')}", rule
-
-
 def unknown_family(tensors: Mapping[str, Expr], facts: ModelFacts, sizes: Sizes, families: Sequence[Family]) -> Problem:
     """No table is for this model type: which come near, and what each leaves open."""
-    from nbmerge.naming.megatron.rename import match_of
-
     near: list[tuple[int, str]] = []
     for family in families:
         matches = {name: match_of(family, name, sizes) for name in tensors}

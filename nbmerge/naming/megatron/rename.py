@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -13,13 +12,10 @@ from nbmerge.naming.facts import ModelFacts
 from nbmerge.naming.megatron import absences, advice
 from nbmerge.naming.megatron.canonical import Canonical, canonical
 from nbmerge.naming.megatron.families import FAMILIES, family_of
-from nbmerge.naming.megatron.family import Family, Stack
-from nbmerge.naming.megatron.rules import Copy, Made, Misfit, Rule, Sizes, misfit
+from nbmerge.naming.megatron.family import Family
+from nbmerge.naming.megatron.matching import Match, match_of
+from nbmerge.naming.megatron.rules import Made, Misfit, Sizes, misfit
 from nbmerge.naming.notes import Trim
-
-_NUMBER = re.compile(r"(\d{1,9})\.(.+)")
-_EXPERT = re.compile(r"^(.*\bexperts)\.(\d{1,9})\.(.+)$")
-_UNCHANGED = Copy("")
 
 
 @dataclass
@@ -34,16 +30,6 @@ class Renamed:
     trims: list[Trim] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
     family: Family | None = None
-
-
-@dataclass(frozen=True)
-class Match:
-    """The rule that a tensor falls under: the published names to make, and the numbers of its layer and expert."""
-
-    rule: Rule
-    names: tuple[str, ...]
-    expert: int | None = None
-    loaded: bool = True
 
 
 def rename(tensors: Mapping[str, Expr], facts: ModelFacts) -> Renamed:
@@ -94,36 +80,8 @@ def apply(family: Family, found: Canonical, sizes: Sizes, work: Renamed) -> None
                 packed.setdefault(each.name, {})[each.place] = each.expr
                 work.sources[each.name] = source
     _put_packed_together(work, packed, sizes)
-    _add_copies(family, work, sizes)
+    _add_copies(family, work)
     work.problems += advice.strays(strays, family)
-
-
-def match_of(family: Family, name: str, sizes: Sizes) -> Match | None:
-    """The rule for a canonical name."""
-    for prefix, target in family.unchanged.items():
-        if name.startswith(prefix):
-            return Match(_UNCHANGED, (target + name.removeprefix(prefix),))
-    if name in family.ends:
-        return Match(family.ends[name], family.ends[name].targets)
-    for stack in family.stacks:
-        if name.startswith(stack.source) and (numbered := _NUMBER.fullmatch(name.removeprefix(stack.source))):
-            return _in_stack(stack, int(numbered[1]), numbered[2], sizes)
-    return None
-
-
-def _in_stack(stack: Stack, number: int, row: str, sizes: Sizes) -> Match | None:
-    expert = None
-    if match := _EXPERT.match(row):
-        expert, row = int(match[2]), f"{match[1]}.{{e}}.{match[3]}"
-    rule = stack.rows.get(row)
-    if rule is None:
-        return None
-    layer = number + (sizes.need(stack.after) if stack.after else 0)
-    names = tuple(
-        f"{stack.target}{layer}.{target if expert is None else target.replace('{e}', str(expert))}"
-        for target in rule.targets
-    )
-    return Match(rule, names, expert, stack.loaded)
 
 
 def _add(work: Renamed, made: Made, source: str, match: Match) -> None:
@@ -156,7 +114,7 @@ def _put_packed_together(work: Renamed, packed: Mapping[str, Mapping[int, Expr]]
         work.tensors[name] = ex.stack([rows[number] for number in range(len(rows))])
 
 
-def _add_copies(family: Family, work: Renamed, sizes: Sizes) -> None:
+def _add_copies(family: Family, work: Renamed) -> None:
     """What published layers hold copies of: the tables, in multi-token-prediction layers."""
     for stack in family.stacks:
         layers = {name.removeprefix(stack.target).partition(".")[0] for name in work.unloaded} if stack.extra else set()
