@@ -231,16 +231,12 @@ def _table() -> dict[tuple[str, str], Any]:
         (_SHARDED + "sharding_spec.api", "EnumerableShardingSpec"): Opaque,
         ("torch.distributed.remote_device", "_remote_device"): Opaque,
     }
-    for name in BY_NAME:
-        table["torch", name] = BY_NAME[name]
-    for name, dtype in _STORAGES.items():
-        table["torch", name] = table["torch.storage", name] = BY_NAME[dtype]
+    table |= {("torch", name): dtype for name, dtype in BY_NAME.items()}
+    table |= {(module, name): BY_NAME[of] for name, of in _STORAGES.items() for module in ("torch", "torch.storage")}
     for module in ("builtins", "__builtin__"):  # protocol 2 writes Python 2's name
         table[module, "getattr"] = Function(_getattr)
-    for module in _MESH_MODULES:
-        table[module, "DeviceMesh"] = DeviceMesh
-    for module in _TENSOR_MODULES:
-        table[module, "DTensor"] = DTensor
+    table |= {(module, "DeviceMesh"): DeviceMesh for module in _MESH_MODULES}
+    table |= {(module, "DTensor"): DTensor for module in _TENSOR_MODULES}
     for module in _SPEC_MODULES:
         for name, cls in (
             ("DTensorSpec", DTensorSpec), ("TensorMeta", TensorMeta), ("ShardOrderEntry", ShardOrderEntry),

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import pytest
 import torch
 
 from nbmerge.expressions import Expr
 from nbmerge.memory import checkpoint_of
 from nbmerge.naming.megatron.canonical import canonical
+from nbmerge.naming.megatron.families import FAMILIES
 from nbmerge.naming.megatron.family import Family
 from nbmerge.naming.megatron.rename import Renamed, apply
 from nbmerge.naming.megatron.rules import Sizes
@@ -14,6 +18,16 @@ from tests.support.guide import example
 from tests.support.results import bits, bits_of
 
 _CONFIG = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 2, "hidden_size": 6}
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+def test_the_readme_says_on_what_each_family_was_proven(family: Family) -> None:
+    lines = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8").splitlines()
+    for model_type in family.model_types:
+        (proof,) = (
+            line.split("|")[2] for line in lines if line.startswith("|") and f"`{model_type}`" in line.split("|")[1]
+        )
+        assert ("the documented form only" in proof) != family.proven
 
 
 def test_the_family_of_the_guide_names_every_tensor(tmp_path) -> None:
