@@ -65,7 +65,6 @@ class Case:
 
     @property
     def _with_mtp(self) -> tuple[Tensors, Any]:
-        torch.manual_seed(3)
         state, config = published_state(self.model or self.family), tiny_config(self.model or self.family)
         if self.is_critic:  # Megatron's value head has no bias
             state["score.bias"] = torch.zeros(1)

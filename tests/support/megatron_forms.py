@@ -132,17 +132,19 @@ def with_mtp(published: Mapping[str, torch.Tensor], config: Any, count: int = 1)
 
     layers = config.num_hidden_layers
     hidden = config.hidden_size
+    generator = torch.Generator().manual_seed(3)  # of its own: the same model each time, whatever ran before
     out = dict(published)
     for number in range(layers, layers + count):
         prefix = f"model.layers.{number}."
         last = f"model.layers.{layers - 1}."
         for name in published:
             if name.startswith(last):
-                out[prefix + name.removeprefix(last)] = torch.randn_like(published[name]) / 8
+                other = torch.randn(published[name].shape, generator=generator) / 8
+                out[prefix + name.removeprefix(last)] = other.to(published[name].dtype)
         norm = published["model.norm.weight"]
         for name, shape in (("enorm", (hidden,)), ("hnorm", (hidden,)), ("shared_head.norm", (hidden,)),
                             ("eh_proj", (hidden, 2 * hidden))):  # fmt: skip
-            out[f"{prefix}{name}.weight"] = (torch.randn(shape) / 8).to(norm.dtype)
+            out[f"{prefix}{name}.weight"] = (torch.randn(shape, generator=generator) / 8).to(norm.dtype)
         out[prefix + "embed_tokens.weight"] = published["model.embed_tokens.weight"].clone()
         out[prefix + "shared_head.head.weight"] = published["lm_head.weight"].clone()
     changed = copy.deepcopy(config)

@@ -169,9 +169,9 @@ def tiny_model(name: str, dtype: str = "float32") -> Any:
     import transformers
 
     cls, config = _config(name)
-    torch.manual_seed(len(name))
-    model = getattr(transformers, cls)(config).to(getattr(torch, dtype))
-    with torch.no_grad():
+    with torch.random.fork_rng(), torch.no_grad():  # the first to ask must not find its own seed changed
+        torch.manual_seed(len(name))
+        model = getattr(transformers, cls)(config).to(getattr(torch, dtype))
         for tensor in (*model.parameters(), *model.buffers()):
             if tensor.is_floating_point():
                 tensor.copy_(torch.randn(tensor.shape) / 8)
