@@ -10,6 +10,7 @@ from pathlib import Path
 
 from nbmerge import expressions as ex
 from nbmerge.dtypes import parse_dtype
+from nbmerge.engine.lower import TILE_BYTES, turned
 from nbmerge.engine.safetensors_file import deal, stored_tensors
 from nbmerge.equalities import comparisons, probe
 from nbmerge.errors import Problem, plural
@@ -122,7 +123,7 @@ def _is_utf8(name: str) -> bool:
 
 def _execution(files: tuple[OutputFile, ...], options: MergeOptions) -> Execution:
     workers = options.workers or min(max(os.cpu_count() or 1, 2), _MAX_WORKERS)
-    copied = computed = whole = 0
+    copied = computed = whole = tile = 0
     for file in files:
         for tensor in file.tensors:
             if ex.is_copy(tensor.expr):
@@ -130,8 +131,10 @@ def _execution(files: tuple[OutputFile, ...], options: MergeOptions) -> Executio
             else:
                 computed += tensor.nbytes
                 whole = max(whole, _whole_bytes(tensor.expr))
+            if turned(tensor.expr) is not None:
+                tile = TILE_BYTES
     # A worker holds a block and what is read for it; a cast holds both dtypes, once as bytes and once as a tensor.
-    per_worker = _BUFFER * (2 if not computed else 6) + whole
+    per_worker = max(_BUFFER, tile) * (2 if not computed else 6) + whole
     why = "bytes are copied from file to file" if not computed else (
         f"{plural(copied, 'byte')} are copied, {plural(computed, 'byte')} go through memory in blocks"
     )  # fmt: skip

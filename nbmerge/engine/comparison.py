@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from nbmerge.engine.lower import blocks
+from nbmerge.engine.lower import regions
 from nbmerge.engine.read import read
 from nbmerge.engine.sources import Sources
 from nbmerge.errors import Problem
@@ -14,11 +14,11 @@ from nbmerge.plan import Drift, Equality
 
 
 def first_difference(a: Expr, b: Expr, block_bytes: int, sources: Sources) -> Shape | None:
-    """The index of the first element whose bits differ; None where the tensors are equal.
+    """The index of the first element found whose bits differ; None where the tensors are equal.
 
-    Both have the same shape and dtype. Holds two blocks in memory.
+    Both have the same shape and dtype. Holds two blocks in memory, or two tiles where `a` lies turned in its source.
     """
-    for region in blocks(a.shape, a.dtype.itemsize, block_bytes):
+    for region in regions(a, block_bytes):
         unequal = read(a, region, sources) != read(b, region, sources)
         if unequal.any():
             at = np.unravel_index(int(unequal.argmax()), region.shape)

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from nbmerge.engine.lower import Piece, blocks, pieces
+from nbmerge.engine.lower import Piece, pieces, regions
 from nbmerge.engine.read import fill, words
 from nbmerge.engine.sources import LocalFiles, ends_early, pread_into
 from nbmerge.expressions import Expr, Stored
-from nbmerge.geometry import Box, Shape, contiguous_strides, ravel
+from nbmerge.geometry import Box, Shape, ravel, runs_of_box
 
 _UNIT = 32 * 2**20  # bytes of one job: large enough that its call costs nothing, small enough to stop soon
 _RUNS_PER_JOB = 256
@@ -56,7 +56,7 @@ class Runs:
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """A job that puts a block of a tensor together in memory and writes it at `offset` of the output."""
+    """A job that puts a box of a tensor together in memory, and writes it. offset: of the tensor in the output."""
 
     region: Box
     parts: tuple[Piece, ...]
@@ -107,12 +107,9 @@ def _is_contiguous_in(shape: Shape, box: Box) -> bool:
 
 
 def _blocks(expr: Expr, parts: list[Piece], offset: int, buffer_bytes: int) -> Iterator[Job]:
-    itemsize = expr.dtype.itemsize
-    strides = contiguous_strides(expr.shape)
-    for region in blocks(expr.shape, itemsize, buffer_bytes):
-        start = sum(a * s for a, s in zip(region.offset, strides, strict=True)) * itemsize
+    for region in regions(expr, buffer_bytes):
         inside = tuple(piece for piece in parts if piece.box.intersect(region) is not None)
-        yield Block(region, inside, expr, offset + start)
+        yield Block(region, inside, expr, offset)
 
 
 def batched(jobs: Iterator[Job]) -> Iterator[Job]:
@@ -141,7 +138,10 @@ def carry_out(job: Job, target: int, sources: LocalFiles) -> None:
         return
     buffer = words(job.region.shape, job.expr.dtype)
     fill(buffer, job.region, job.parts, sources)
-    write_all(target, buffer.reshape(-1).view(np.uint8).data, job.offset)
+    data, at, itemsize = buffer.reshape(-1).view(np.uint8).data, 0, job.expr.dtype.itemsize
+    for start, length in runs_of_box(job.expr.shape, job.region):
+        write_all(target, data[at : at + length * itemsize], job.offset + start * itemsize)
+        at += length * itemsize
 
 
 def copy_run(source: int, target: int, run: Run) -> None:

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from nbmerge import expressions as ex
 from nbmerge.dtypes import DType
 from nbmerge.engine.lower import Piece, pieces
 from nbmerge.engine.sources import Sources
@@ -100,8 +99,8 @@ def _read_stored(stored: Stored, window: Words, sources: Sources) -> None:
 
 
 def evaluate(expr: Expr, region: Box, sources: Sources) -> Words:
-    """The region of an expression in which something is cast or computed."""
-    if ex.is_copy(expr):
+    """The region of an expression, made from the same region of what it is made of."""
+    if isinstance(expr, (Stored, Fill, Paste)):
         return read(expr, region, sources)
     if isinstance(expr, Cast):
         return _cast(evaluate(expr.source, region, sources), expr.source.dtype, expr.to)
@@ -112,15 +111,12 @@ def evaluate(expr: Expr, region: Box, sources: Sources) -> Words:
         source = Box(tuple(region.offset[d] for d in back), tuple(region.shape[d] for d in back))
         permuted: Words = evaluate(expr.source, source, sources).transpose(expr.dims)
         return permuted
-    target = words(region.shape, expr.dtype)
     if isinstance(expr, Reshape):
+        target = words(region.shape, expr.dtype)
         for new, old in reshape_box(expr.shape, expr.source.shape, region):
             at = new.relative_to(region.offset)
             part = evaluate(expr.source, old, sources)
             _window(target, at)[...] = part.reshape(new.shape)
-        return target
-    if isinstance(expr, Paste):
-        fill(target, region, pieces(expr, region), sources)
         return target
     if isinstance(expr, Compute):
         return _compute(expr, region, sources)

@@ -12,11 +12,11 @@ import pytest
 
 from nbmerge import CorruptFileError
 from nbmerge.dtypes import BY_NAME
-from nbmerge.engine import copy, sources
+from nbmerge.engine import copy, lower, sources
 from nbmerge.engine.copy import Block, Run, Runs, batched, copy_run, jobs_of
 from nbmerge.engine.sources import LocalFiles
-from nbmerge.expressions import Cast, Fill, Paste, Stored, permute
-from nbmerge.geometry import contiguous_strides
+from nbmerge.expressions import Cast, Fill, Paste, Stored, permute, reshape, stack
+from nbmerge.geometry import Box, contiguous_strides, runs_of_box, tiling_faults
 from tests.support.messages import assert_says, refusal
 from tests.support.results import open_files
 
@@ -100,18 +100,43 @@ class TestJobs:
         "expr",
         [
             Paste((2, 6), BY_NAME["uint8"], (((0, 0), stored(0, (2, 3))), ((0, 3), stored(6, (2, 3))))),
-            permute(stored(0, (3, 4)), (1, 0)),
             Fill(0, (3, 4), BY_NAME["uint8"]),
             Cast(stored(0, (3, 4), dtype="float32"), BY_NAME["bfloat16"]),
             stored(0, (3, 4), (0, 1)),
         ],
-        ids=["columns", "transposed", "constant", "cast", "repeated"],
+        ids=["columns", "constant", "cast", "repeated"],
     )
     def test_everything_else_is_blocks_below_the_buffer(self, expr):
         jobs = list(jobs_of(expr, 1000, 8))
-        assert all(isinstance(job, Block) and job.nbytes <= 8 for job in jobs)
+        assert all(isinstance(job, Block) and job.offset == 1000 and job.nbytes <= 8 for job in jobs)
         assert sum(job.nbytes for job in jobs) == expr.nbytes
-        assert [job.offset for job in jobs] == [1000 + sum(j.nbytes for j in jobs[:i]) for i in range(len(jobs))]
+        runs = [run for job in jobs for run in runs_of_box(expr.shape, job.region)]
+        assert len(runs) == len(jobs)
+        assert [start for start, _ in runs] == [sum(length for _, length in runs[:i]) for i in range(len(runs))]
+
+    @pytest.mark.parametrize(
+        "expr",
+        [
+            permute(stored(0, (30, 40)), (1, 0)),
+            stack([permute(stored(at, (30, 40)), (1, 0)) for at in (0, 1200)]),
+            reshape(permute(stored(0, (2, 15, 40)), (2, 1, 0)), (40, 30)),
+            Cast(permute(stored(0, (30, 40)), (1, 0)), BY_NAME["bool"]),
+        ],
+        ids=["matrix", "matrices", "interleaved", "cast"],
+    )
+    def test_what_lies_turned_in_its_file_is_tiles(self, expr, monkeypatch: pytest.MonkeyPatch):
+        monkeypatch.setattr(lower, "TILE_BYTES", 100)
+        jobs = list(jobs_of(expr, 1000, 30))
+        assert all(isinstance(job, Block) and job.nbytes <= 100 and job.offset == 1000 for job in jobs)
+        assert tiling_faults(expr.shape, [job.region for job in jobs]) == []
+        assert max(job.region.shape[-1] for job in jobs) == 10 == max(job.region.shape[-2] for job in jobs)
+
+    def test_a_view_that_no_strides_give_is_one_piece_to_put_in_order_in_memory(self):
+        expr = reshape(permute(stored(0, (2, 300, 400)), (2, 1, 0)), (400, 600))
+        assert [piece.box for piece in lower.pieces(expr)] == [Box.whole((400, 600))]
+        few = reshape(permute(stored(0, (2, 3, 4)), (2, 1, 0)), (4, 6))
+        assert len(lower.pieces(few)) == 12
+        assert all(isinstance(piece.leaf, Stored) for piece in lower.pieces(few))
 
     def test_a_long_run_is_cut_so_that_an_interrupt_is_soon_heard(self):
         size = 100 * 2**20

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,9 +13,9 @@ from safetensors.torch import load_file
 
 from nbmerge import expressions as ex
 from nbmerge.dtypes import BY_NAME
-from nbmerge.engine import copy
+from nbmerge.engine import copy, lower
 from nbmerge.engine.comparison import first_difference
-from nbmerge.engine.lower import blocks, pieces
+from nbmerge.engine.lower import blocks, pieces, tiles
 from nbmerge.engine.read import read
 from nbmerge.engine.safetensors_file import lay_out, read_header
 from nbmerge.engine.sources import LocalFiles
@@ -37,6 +38,15 @@ def forests(draw: st.DrawFn, path: Path, count: int = 1):
 @pytest.fixture(scope="module")
 def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("forest") / "leaves.bin"
+
+
+@pytest.fixture(scope="module", autouse=True, params=[(8 * 2**20, 64), (12, 1)], ids=["", "small tiles"])
+def _limits(request: pytest.FixtureRequest) -> Iterator[None]:
+    """All of it as it is, and with limits that make the small tensors of this module tiles and reshapes in memory."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lower, "TILE_BYTES", request.param[0])
+        patch.setattr(lower, "_FEW_PIECES", request.param[1])
+        yield
 
 
 def region_of(data: st.DataObject, shape: tuple[int, ...]) -> Box:
@@ -148,6 +158,14 @@ def test_blocks_tile_a_tensor_in_order_each_one_run_and_none_above_the_limit(sha
     assert all(len(run) == 1 for run in runs)
     assert [run[0] for run in runs] == sorted(run[0] for run in runs)
     assert all(box.numel * itemsize <= max(limit, itemsize) for box in found)
+
+
+@given(shape=shapes(high=9), itemsize=st.sampled_from([1, 2, 4, 8]), limit=st.integers(1, 200), data=st.data())
+def test_tiles_tile_a_tensor_none_above_the_limit(shape, itemsize: int, limit: int, data: st.DataObject):
+    if shape:
+        found = list(tiles(shape, itemsize, limit, data.draw(st.integers(0, len(shape) - 1))))
+        assert tiling_faults(shape, found) == []
+        assert all(box.numel * itemsize <= max(limit, itemsize) for box in found)
 
 
 class TestSubstitute:

@@ -239,8 +239,10 @@ def _in_turns(expr: Expr, transposed: bool) -> Expr:
     if expr.shape[0] % 2:
         raise Misfit(f"has {expr.shape[0]:,} rows, which are no two halves")
     halves = ex.reshape(expr, (2, expr.shape[0] // 2, *expr.shape[1:]))
-    rows = ex.reshape(_swapped(halves), expr.shape)
-    return _swapped(rows) if transposed else rows
+    if transposed:
+        turned = ex.permute(halves, (2, 1, 0, *range(3, len(halves.shape))))
+        return ex.reshape(turned, (expr.shape[1], expr.shape[0], *expr.shape[2:]))
+    return ex.reshape(_swapped(halves), expr.shape)
 
 
 class Transposed(_Single):
