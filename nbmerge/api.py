@@ -15,7 +15,7 @@ from nbmerge.layout import Checkpoint
 from nbmerge.loaders import open_checkpoint_directory
 from nbmerge.loaders.base import OpenOptions, Overrides
 from nbmerge.naming.model import HFModel
-from nbmerge.options import OPEN_ONLY, MergeOptions, existing_path, parse_names, parse_shape
+from nbmerge.options import OPEN_ONLY, MergeOptions, expanded_path, parse_names, parse_shape
 from nbmerge.overrides import read_placements
 from nbmerge.plan import MergePlan
 from nbmerge.report import MergeReport
@@ -196,7 +196,7 @@ def _options(given: Mapping[str, Any]) -> MergeOptions:
 
 
 def _config_dir(path: PathLike | None) -> Path | None:
-    return existing_path(os.fspath(path)) if path is not None else None
+    return expanded_path(os.fspath(path)) if path is not None else None
 
 
 def _model_of(config_dir: Path | None, *, trust_remote_code: bool) -> HFModel | None:

@@ -89,11 +89,15 @@ def _remove_strays(plan: MergePlan, directory: Path) -> None:
 
 
 def _refuse_changed_sources(plan: MergePlan) -> None:
-    changed = [file.path.name for file in plan.sources if file.has_changed()]
+    changed = [file.path for file in plan.sources if file.has_changed()]
     if changed:
+        base = {file.path for file in plan.base_files}
+        whose, where = (
+            ("base model", changed[0].parent) if base >= set(changed) else ("checkpoint", plan.checkpoint.path)
+        )
         raise InconsistentCheckpointError(
-            f"the checkpoint changed since it was opened: {listing(changed)}",
-            where=str(plan.checkpoint.path),
+            f"the {whose} changed since it was opened: {listing(path.name for path in changed)}",
+            where=str(where),
             why="training, or a copy, still writes to it",
             fix="open and merge it again when that is finished",
         )

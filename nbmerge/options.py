@@ -144,6 +144,6 @@ def parse_names(text: str | tuple[str, ...]) -> tuple[str, ...]:
     return tuple(words)
 
 
-def existing_path(text: str) -> Path:
+def expanded_path(text: str) -> Path:
     """The path with `~` put in."""
     return Path(text).expanduser()

@@ -21,7 +21,7 @@ from nbmerge.naming.model import HFModel
 from nbmerge.naming.notes import Filled
 from nbmerge.naming.outputs import outputs_of
 from nbmerge.naming.published import Base, Named
-from nbmerge.options import MergeOptions, existing_path, parse_size
+from nbmerge.options import MergeOptions, expanded_path, parse_size
 from nbmerge.plan import CastNote, Execution, MergePlan, OutputFile
 from nbmerge.side_files import edited_config, side_files
 
@@ -74,7 +74,7 @@ def _base_of(options: MergeOptions) -> Base | None:
     """The tensors of the base model that was given. Raises NotACheckpointError where there are none."""
     if options.base_model is None:
         return None
-    directory = existing_path(options.base_model)
+    directory = expanded_path(options.base_model)
     return Base(str(directory), stored_tensors(directory, "--base_model DIR"))
 
 

@@ -142,7 +142,8 @@ def stored_tensors(directory: Path, option: str) -> dict[str, Stored]:
     paths = sorted(directory.glob("*.safetensors")) if directory.is_dir() else []
     if not paths:
         raise NotACheckpointError(
-            "there are no safetensors files in the directory", where=str(directory),
+            "there are no safetensors files in the directory" if directory.is_dir() else "there is no such directory",
+            where=str(directory),
             fix=f"pass a Hugging Face model directory: {option}",
         )  # fmt: skip
     return {
