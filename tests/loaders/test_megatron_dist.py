@@ -368,6 +368,16 @@ class TestParallelSizes:
         fc2 = checkpoint["decoder.layers.mlp.experts.experts.linear_fc2.weight"]
         assert fc2.placement == "Shard(0)×2 · Shard(1)×3 · Shard(3)×2"
 
+    def test_megatron_fsdp_cuts_the_piece_of_a_rank_again(self, tmp_path: Path):
+        tensors = megatron_fsdp(megatron_state("llama", spec="local", container="ranks"))
+        write_fsdp_dtensor(tmp_path / "dist_ckpt", tensors, ParallelSizes(layers=2, tp=2), dp=3)
+        (tmp_path / "transformer_config.json").write_text(json.dumps({**self.SIZES, "pipeline_model_parallel_size": 1}))
+        gate = open_checkpoint(tmp_path)["model.module.decoder.layers.0.mlp.linear_fc1.weight_w"]
+        assert len({chunk.box for chunk in gate.chunks}) == 6
+        assert [(axis.name, axis.size, axis.placement) for axis in gate.mesh] == [
+            ("tp", 2, "Shard(0)"), ("dp", 3, "Shard(0)")
+        ]  # fmt: skip
+
     def test_halves_of_gate_and_up_are_no_ranks_where_a_size_is_one(self, tmp_path: Path):
         sizes = ParallelSizes(layers=2, experts=3, tp=1, pp=2, ep=3)
         tensors = {**stacked(megatron_state("qwen3_moe")), **stacked(megatron_state("llama"))}

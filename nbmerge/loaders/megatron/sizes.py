@@ -12,6 +12,7 @@ from nbmerge.layout import MeshAxis
 
 _STACKED = re.compile(r"\blayers\.(?!\d)")
 _EXPERTS = re.compile(r"\bexperts\.experts\.(?!\d)")
+_GATE_AND_UP = re.compile(r"\blinear_fc1\.(?:weight|bias)\d*$")  # a piece each of every rank
 _OF_AN_EXPERT = re.compile(r"\bexperts\.")  # a routed one: not shared_experts
 
 
@@ -45,17 +46,22 @@ class ParallelSizes:
         leading = [("pp", self.pp or 1)] if _STACKED.search(name) else []
         leading += [("ep", self.ep or 1)] if _EXPERTS.search(name) else []
         said = self.etp if _OF_AN_EXPERT.search(name) else self.tp
-        halves = 2 if "linear_fc1." in name else 1  # gate and up are a piece each of every rank
+        halves = 2 if _GATE_AND_UP.search(name) else 1
         axes: list[MeshAxis] = []
         offsets = [box.offset for box in boxes]
         for dim in range(len(offsets[0]) if offsets else 0):
             pieces = len({offset[dim] for offset in offsets})
-            axis, size = leading[dim] if dim < len(leading) else ("tp", _ranks(pieces, said, halves))
-            if pieces > 1 and size > 1:
-                axes.append(MeshAxis(axis, size, f"Shard({dim})"))
+            if pieces > 1:
+                found = leading[dim : dim + 1] or _ranks(pieces, said, halves)
+                axes += [MeshAxis(axis, size, f"Shard({dim})") for axis, size in found if size > 1]
         return tuple(axes)
 
 
-def _ranks(pieces: int, said: int | None, halves: int) -> int:
-    """On how many ranks a dimension of so many pieces lies: as is said, where the pieces bear that out."""
-    return said if said and pieces in (said, halves * said) else pieces
+def _ranks(pieces: int, said: int | None, halves: int) -> list[tuple[str, int]]:
+    """On how many ranks a dimension of so many pieces lies: as is said, where the pieces bear that out.
+
+    Megatron-FSDP cuts the piece of a tensor parallel rank again, for the data parallel ranks.
+    """
+    if said and pieces in (said, halves * said):
+        return [("tp", said)]
+    return [("tp", said), ("dp", pieces // said)] if said and pieces % said == 0 else [("tp", pieces)]
