@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from nbmerge.api import merge, open_checkpoint, plan_merge
+from nbmerge.api import merge
 from nbmerge.errors import (
     AmbiguousCheckpointError,
     CheckpointError,
@@ -34,6 +34,7 @@ from nbmerge.errors import (
 )
 from nbmerge.layout import Checkpoint, Chunk, LazyTensor
 from nbmerge.mergers import BaseModelMerger, FSDPModelMerger, MegatronModelMerger, ModelMergerConfig
+from nbmerge.opening import open_checkpoint, plan_merge
 from nbmerge.plan import MergePlan
 from nbmerge.report import MergeReport
 

@@ -11,7 +11,6 @@ from dataclasses import fields
 from typing import Any, NoReturn
 
 from nbmerge.errors import OptionError
-from nbmerge.options import MergeOptions
 
 
 class HelpRequested(Exception):
@@ -63,9 +62,12 @@ def with_underscores(word: str) -> str:
     return "--" + flag[2:].replace("-", "_") + equals + value
 
 
-def add_merge_options(parser: argparse.ArgumentParser, names: Container[str] | None = None) -> None:
-    """A flag for every field of MergeOptions, or for those that are named."""
-    for item in fields(MergeOptions):
+def add_options(parser: argparse.ArgumentParser, options: Any, names: Container[str] | None = None) -> None:
+    """A flag for every field of an options dataclass, or for those that are named.
+
+    A field's metadata may say its `type`, `choices`, `metavar` and `aliases`; one that is a list says nargs.
+    """
+    for item in fields(options):
         if names is not None and item.name not in names:
             continue
         keywords: dict[str, Any] = {"help": item.metadata["help"]}
@@ -73,14 +75,13 @@ def add_merge_options(parser: argparse.ArgumentParser, names: Container[str] | N
             keywords["action"] = "store_true"
         else:
             keywords["default"] = item.default
-            if item.name == "workers":
-                keywords["type"] = int
+            keywords |= {name: item.metadata[name] for name in ("type", "nargs") if name in item.metadata}
             if choices := item.metadata.get("choices"):
                 keywords["choices"] = choices
             keywords["metavar"] = item.metadata.get("metavar") or (None if choices else item.name.upper())
         parser.add_argument(*(f"--{name}" for name in (item.name, *item.metadata.get("aliases", ()))), **keywords)
 
 
-def merge_options(namespace: argparse.Namespace) -> dict[str, Any]:
-    """The merge's options in a namespace, as keywords of `nbmerge.merge`."""
-    return {item.name: getattr(namespace, item.name) for item in fields(MergeOptions) if hasattr(namespace, item.name)}
+def given_options(namespace: argparse.Namespace, options: Any) -> dict[str, Any]:
+    """The fields of an options dataclass that a namespace has, as keywords of the function that takes them."""
+    return {item.name: getattr(namespace, item.name) for item in fields(options) if hasattr(namespace, item.name)}

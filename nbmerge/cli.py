@@ -10,9 +10,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from nbmerge.arguments import HelpRequested, Parser, add_merge_options, merge_options
+from nbmerge.arguments import HelpRequested, Parser, add_options, given_options
 from nbmerge.errors import NbmergeError, OptionError, one_line, plural, summarise
-from nbmerge.options import OPEN_OPTIONS
+from nbmerge.options import OPEN_OPTIONS, MergeOptions
 
 OK, PROBLEM, USAGE, INTERRUPTED = 0, 1, 2, 130
 _PROGRAM = "python -m nbmerge"
@@ -82,7 +82,7 @@ def _overview() -> str:
 def _merge(options: argparse.Namespace) -> int:
     import nbmerge
 
-    given = merge_options(options)
+    given = given_options(options, MergeOptions)
     _say_what_is_not_needed(given)
     report = nbmerge.merge(options.local_dir, options.target_dir, **given)
     print(report)
@@ -94,7 +94,7 @@ def _test(options: argparse.Namespace) -> int:
     import nbmerge
     from nbmerge.validator import differences
 
-    given = merge_options(options)
+    given = given_options(options, MergeOptions)
     _say_what_is_not_needed(given)
     plan = nbmerge.plan_merge(options.local_dir, **given)
     plan.raise_if_problems()
@@ -134,11 +134,11 @@ def _commands() -> dict[str, _Command]:
     merge.parser.add_argument(
         "--target_dir", default="tmp", metavar="OUT", help="the directory to write; must not exist (default: tmp)"
     )
-    add_merge_options(merge.parser)
+    add_options(merge.parser, MergeOptions)
     test = _Command("test", "compare what a merge would write with a directory, bit for bit", _test)
     test.parser.add_argument("--local_dir", required=True, metavar="CKPT", help="the checkpoint's directory")
     test.parser.add_argument("--test_hf_dir", required=True, metavar="REF", help="the directory to compare with")
-    add_merge_options(test.parser, _TEST_OPTIONS)
+    add_options(test.parser, MergeOptions, _TEST_OPTIONS)
     demo = _Command("demo", "make a small real FSDP checkpoint, merge it, and prove the result", _demo)
     demo.parser.add_argument("--dir", metavar="DIR", help="keep checkpoint and result in this new directory")
     return {"merge": merge, "test": test, "demo": demo}

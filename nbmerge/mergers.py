@@ -13,13 +13,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from nbmerge.api import carry_out, open_checkpoint, plan_merge
+from nbmerge.api import carry_out
 from nbmerge.errors import NotSupportedError, OptionError, VerificationError, plural
 from nbmerge.layout import Checkpoint, LazyTensor
 from nbmerge.loaders import choose_loader
 from nbmerge.loaders.base import existing_directory
 from nbmerge.memory import checkpoint_of
 from nbmerge.naming.model import HFModel, auto_class_name
+from nbmerge.opening import open_checkpoint, plan_merge
 from nbmerge.options import OPEN_ONLY, OPEN_OPTIONS
 from nbmerge.plan import MergePlan
 from nbmerge.report import MergeReport

@@ -46,7 +46,7 @@ class MergeOptions:
         "hub", "names as published checkpoints have them, or as transformers has them in memory",
         shapes=True, choices=DIALECTS,
     )  # fmt: skip
-    workers: int | None = _option(None, "threads; default: one for each processor, from 2 to 8")
+    workers: int | None = _option(None, "threads; default: one for each processor, from 2 to 8", type=int)
     overwrite: bool = _option(False, "replace a target that holds an earlier merge or nothing but model files")
     dry_run: bool = _option(False, "print the plan and write nothing")
     digests: bool = _option(False, "put a sha256 of each written file in the receipt (reads them once more)")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 from nbmerge import expressions as ex
 from nbmerge.dtypes import parse_dtype
 from nbmerge.engine.lower import TILE_BYTES, turned
+from nbmerge.engine.pool import default_workers
 from nbmerge.engine.safetensors_file import deal, stored_tensors
 from nbmerge.equalities import comparisons, probe
 from nbmerge.errors import Problem, plural
@@ -27,7 +27,6 @@ from nbmerge.side_files import edited_config, side_files
 
 _log = logging.getLogger(__name__)
 _BUFFER = 2 * 2**20  # bytes that a worker puts together in memory at a time
-_MAX_WORKERS = 8
 _LONGEST_NAME = 1000  # characters
 
 
@@ -122,7 +121,7 @@ def _is_utf8(name: str) -> bool:
 
 
 def _execution(files: tuple[OutputFile, ...], options: MergeOptions) -> Execution:
-    workers = options.workers or min(max(os.cpu_count() or 1, 2), _MAX_WORKERS)
+    workers = options.workers or default_workers()
     copied = computed = whole = tile = 0
     for file in files:
         for tensor in file.tensors:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import nbmerge
 from nbmerge import NotSupportedError, OptionError
-from nbmerge.arguments import Parser, add_merge_options, merge_options, with_underscores
+from nbmerge.arguments import Parser, add_options, given_options, with_underscores
 from nbmerge.options import MergeOptions, parse_size
 from tests.support.messages import assert_says, refusal
 
@@ -24,7 +24,7 @@ KEYWORDS = {
 
 def parser() -> Parser:
     made = Parser("merge", "")
-    add_merge_options(made)
+    add_options(made, MergeOptions)
     return made
 
 
@@ -35,7 +35,7 @@ def test_the_keywords_of_merge_are_the_options_with_their_defaults():
 
 
 def test_the_flags_of_the_command_line_are_the_options_with_their_defaults():
-    assert merge_options(parser().parse([])) == {item.name: item.default for item in fields(MergeOptions)}
+    assert given_options(parser().parse([]), MergeOptions) == {item.name: item.default for item in fields(MergeOptions)}
 
 
 def test_every_option_has_a_help_that_fits_a_line():

@@ -7,7 +7,6 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,13 +14,13 @@ from pathlib import Path
 from nbmerge.engine import copy
 from nbmerge.engine.comparison import Comparison
 from nbmerge.engine.events import Advanced, Ended, FileDone, Listener, Started, silent
+from nbmerge.engine.pool import Pool
 from nbmerge.engine.sources import LocalFiles
 from nbmerge.errors import InconsistentCheckpointError
 from nbmerge.plan import Drift, Equality, MergePlan, OutputFile
 
 _log = logging.getLogger(__name__)
 PART = ".part"
-_PENDING_PER_WORKER = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,50 +31,6 @@ class Outcome:
     written_bytes: int
     reused: tuple[str, ...]
     drift: tuple[Drift, ...]
-
-
-class Pool:
-    """Runs jobs on threads with a bounded queue; the first failure, or an interrupt, stops the rest."""
-
-    def __init__(self, workers: int) -> None:
-        self._pool = ThreadPoolExecutor(workers, thread_name_prefix="nbmerge")
-        self._limit = workers * _PENDING_PER_WORKER
-        self._pending: set[Future[None]] = set()
-        self._stopped = threading.Event()
-
-    def submit(self, work: Callable[[], None]) -> None:
-        """Queues a job; waits while the queue is full. Raises what an earlier job raised."""
-        while len(self._pending) >= self._limit:
-            self._collect()
-        self._pending.add(self._pool.submit(self._unless_stopped, work))
-
-    def drain(self) -> None:
-        """Waits for all jobs. Raises what the first failed one raised."""
-        while self._pending:
-            self._collect()
-
-    def _collect(self) -> None:
-        done, self._pending = wait(self._pending, return_when=FIRST_COMPLETED)
-        for future in done:
-            try:
-                future.result()
-            except BaseException:
-                # Whoever waits for the jobs closes their file next, so none may still be running.
-                self._stopped.set()
-                wait(self._pending)
-                self._pending = set()
-                raise
-
-    def _unless_stopped(self, work: Callable[[], None]) -> None:
-        if not self._stopped.is_set():
-            work()
-
-    def __enter__(self) -> Pool:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stopped.set()
-        self._pool.shutdown(wait=True, cancel_futures=True)
 
 
 class _Writing:

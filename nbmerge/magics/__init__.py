@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from nbmerge import api
-from nbmerge.arguments import HelpRequested, Parser, UsageError, add_merge_options, merge_options
+from nbmerge.arguments import HelpRequested, Parser, UsageError, add_options, given_options
 from nbmerge.errors import OptionError
 from nbmerge.layout import Checkpoint
 from nbmerge.magics.completion import complete_line
 from nbmerge.magics.line import Line, split_line
-from nbmerge.options import OPEN_OPTIONS
+from nbmerge.opening import open_checkpoint
+from nbmerge.options import OPEN_OPTIONS, MergeOptions
 from nbmerge.plan import MergePlan
 
 if TYPE_CHECKING:
@@ -105,7 +106,7 @@ def _merge(values: dict[str, Any]) -> object:
     source = values["checkpoint"]
     if not isinstance(source, (str, Checkpoint, MergePlan)):
         raise _no_source(source, "a path, an opened checkpoint, or a plan")
-    options = merge_options(argparse.Namespace(**values))
+    options = given_options(argparse.Namespace(**values), MergeOptions)
     if options["use_cpu_initialization"]:
         print("--use_cpu_initialization is not needed any more: a merge never uses a GPU")
     return api.merge(source, values["target_dir"], **options)
@@ -117,7 +118,7 @@ def _inspect(values: dict[str, Any]) -> Checkpoint:
         return source
     if not isinstance(source, str):
         raise _no_source(source, "a path")
-    return api.open_checkpoint(source, **{name: values[name] for name in OPEN_OPTIONS})
+    return open_checkpoint(source, **{name: values[name] for name in OPEN_OPTIONS})
 
 
 def _no_source(source: object, wanted: str) -> OptionError:
@@ -138,12 +139,12 @@ def _parsers(name: str, summary: str, add_options: Callable[[Parser], None]) -> 
 
 def _merge_parser(parser: Parser) -> None:
     parser.add_argument("--target_dir", metavar="DIR", help="the directory to write; must not exist")
-    add_merge_options(parser)
+    add_options(parser, MergeOptions)
 
 
 def _inspect_parser(parser: Parser) -> None:
     """The options of `open_checkpoint`: those of a merge that it takes."""
-    add_merge_options(parser, OPEN_OPTIONS)
+    add_options(parser, MergeOptions, OPEN_OPTIONS)
 
 
 def _magic(
