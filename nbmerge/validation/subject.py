@@ -1,0 +1,98 @@
+"""The directory that is validated, as it stands on disk: read once, for all checks."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from nbmerge.engine.safetensors_file import Entry, read_header
+from nbmerge.errors import NbmergeError, NotACheckpointError
+from nbmerge.expressions import Stored
+from nbmerge.geometry import contiguous_strides
+from nbmerge.naming.facts import ModelFacts
+from nbmerge.naming.model import HFModel
+from nbmerge.receipt import RECEIPT_NAME
+
+INDEX_NAME = "model.safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A Hugging Face directory. Whatever cannot be read is None or an error here, and a finding of some check."""
+
+    directory: Path
+    trust_remote_code: bool = False
+
+    @staticmethod
+    def of(directory: Path, *, trust_remote_code: bool = False) -> Subject:
+        """The directory. Raises NotACheckpointError where there is none."""
+        if not directory.is_dir():
+            raise NotACheckpointError(
+                "there is no such directory" if not directory.exists() else "this is a file; a model is a directory",
+                where=str(directory), fix="pass the directory that a merge wrote",
+            )  # fmt: skip
+        return Subject(directory, trust_remote_code)
+
+    @cached_property
+    def headers(self) -> dict[str, dict[str, Entry] | NbmergeError]:
+        """For every safetensors file its tensors, or why its header cannot be read."""
+        found: dict[str, dict[str, Entry] | NbmergeError] = {}
+        for path in sorted(self.directory.glob("*.safetensors")):
+            try:
+                found[path.name] = read_header(path)
+            except NbmergeError as error:
+                found[path.name] = error
+        return found
+
+    @cached_property
+    def entries(self) -> dict[str, tuple[str, Entry]]:
+        """Every tensor of a file whose header is whole: its file and its entry."""
+        return {
+            name: (file, entry)
+            for file, entries in self.headers.items()
+            if isinstance(entries, Mapping)
+            for name, entry in entries.items()
+        }
+
+    @cached_property
+    def tensors(self) -> dict[str, Stored]:
+        """The same as expressions that read the files."""
+        return {
+            name: Stored(str(self.directory / file), e.offset, e.shape, contiguous_strides(e.shape), e.dtype)
+            for name, (file, e) in self.entries.items()
+        }
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(entry.nbytes for _, entry in self.entries.values())
+
+    def json(self, name: str) -> Any:
+        """The content of a JSON file beside the weights; None where it is missing or is no JSON."""
+        try:
+            return json.loads((self.directory / name).read_bytes())
+        except (OSError, ValueError):
+            return None
+
+    @cached_property
+    def receipt(self) -> Mapping[str, Any] | None:
+        """nbmerge_receipt.json, where a merge wrote the directory."""
+        content = self.json(RECEIPT_NAME)
+        return content if isinstance(content, dict) else None
+
+    @cached_property
+    def model(self) -> HFModel:
+        """The model that config.json describes."""
+        return HFModel(self.directory, trust_remote_code=self.trust_remote_code)
+
+    @cached_property
+    def facts(self) -> ModelFacts | NbmergeError:
+        """What the model's class says of its tensors, or why it cannot be asked."""
+        try:
+            return self.model.facts
+        except NbmergeError as error:
+            return error
