@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from nbmerge.api import merge
+from nbmerge.api import diff, merge, trajectory, validate
 from nbmerge.errors import (
     AmbiguousCheckpointError,
     CheckpointError,
@@ -32,11 +32,16 @@ from nbmerge.errors import (
     UnsupportedCheckpointError,
     VerificationError,
 )
+from nbmerge.explaining.explainer import explain
+from nbmerge.explaining.explanation import Explanation
 from nbmerge.layout import Checkpoint, Chunk, LazyTensor
 from nbmerge.mergers import BaseModelMerger, FSDPModelMerger, MegatronModelMerger, ModelMergerConfig
 from nbmerge.opening import open_checkpoint, plan_merge
 from nbmerge.plan import MergePlan
 from nbmerge.report import MergeReport
+from nbmerge.tracing import Location, where
+from nbmerge.validation.report import ValidationReport
+from nbmerge.validator import Validator
 
 if TYPE_CHECKING:
     from IPython.core.interactiveshell import InteractiveShell
@@ -51,10 +56,12 @@ __all__ = [
     "Chunk",
     "ConfigError",
     "CorruptFileError",
+    "Explanation",
     "FSDPModelMerger",
     "IncompleteCheckpointError",
     "InconsistentCheckpointError",
     "LazyTensor",
+    "Location",
     "MegatronModelMerger",
     "MergePlan",
     "MergeReport",
@@ -69,11 +76,18 @@ __all__ = [
     "TargetError",
     "UnsafePickleError",
     "UnsupportedCheckpointError",
+    "ValidationReport",
+    "Validator",
     "VerificationError",
+    "diff",
+    "explain",
     "load_ipython_extension",
     "merge",
     "open_checkpoint",
     "plan_merge",
+    "trajectory",
+    "validate",
+    "where",
 ]
 
 

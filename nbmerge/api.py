@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nbmerge.errors import OptionError
 from nbmerge.layout import Checkpoint
 from nbmerge.opening import PLAN_TIME, PathLike, listener_of, make_plan_of, merge_options, refuse_given
 from nbmerge.plan import MergePlan
 from nbmerge.report import MergeReport
+
+if TYPE_CHECKING:
+    from nbmerge.comparing.model_diff import ModelDiff
+    from nbmerge.comparing.trajectory import Trajectory
+    from nbmerge.validation.report import ValidationReport
+    from nbmerge.weights import Source
 
 
 def merge(
@@ -83,3 +89,96 @@ def carry_out(
         return MergeReport(plan)
     with listener_of(progress) as listen:
         return write_and_publish(plan, target, listen)
+
+
+def validate(
+    model_dir: PathLike | MergeReport,
+    *,
+    checkpoint: Checkpoint | MergePlan | PathLike | None = None,
+    reference: Source | None = None,
+    checks: Sequence[str] = (),
+    sample: float = 1.0,
+    atol: float = 1e-6,
+    rtol: float = 1e-6,
+    no_run: bool = False,
+    trust_remote_code: bool = False,
+    trust_pickle: bool = False,
+    workers: int | None = None,
+    progress: bool | None = None,
+) -> ValidationReport:
+    """Proves a Hugging Face directory: its files, its tensors, their values, and that it runs.
+
+        nbmerge.validate("merged", checkpoint="global_step_100/actor").raise_if_failed()
+
+    model_dir: a directory, or a merge's report, whose checkpoint is then taken. checkpoint: every element is compared
+    with the shards, bit for bit, after the casts that the receipt in the directory records; without a receipt, with
+    the merge that would be made now. reference: a model to be close to, |a - b| ≤ atol + rtol · |b|. sample: a share
+    of the elements, for a very large model; the report says what was sampled. no_run: do not load it in transformers.
+
+    All checks are run, and all that they find is in the report: `.ok`, `.raise_if_failed()`, `.to_dataframe()`.
+    Raises NotACheckpointError where one of the directories is not there, OptionError.
+    """
+    from nbmerge.validator import Validator
+
+    validator = Validator(
+        model_dir, checkpoint, reference, checks=tuple(checks), sample=sample, atol=atol, rtol=rtol, no_run=no_run,
+        trust_remote_code=trust_remote_code, trust_pickle=trust_pickle, workers=workers,
+    )  # fmt: skip
+    return validator.validate(progress=progress)
+
+
+def diff(
+    a: Source,
+    b: Source,
+    *,
+    frozen: str | Sequence[str] = (),
+    rank_one: bool = False,
+    sample: float = 1.0,
+    workers: int | None = None,
+    progress: bool | None = None,
+    **options: Any,
+) -> ModelDiff:
+    """How the weights of `a` became those of `b`: which elements changed, by how much, and where.
+
+        nbmerge.diff("Qwen3-8B", "global_step_100/actor", frozen="*.embed_tokens.*")
+
+    a, b: a Hugging Face directory, a checkpoint's directory or an opened checkpoint (it need not be merged), a plan,
+    or a merge's report. frozen: patterns of names that must not have changed; one that did is an alarm. rank_one: for
+    each matrix that changed, also the share of its update that is one outer product (further passes). sample: a share
+    of the elements, for very large models. options: the keywords of `nbmerge.merge` that open and plan a checkpoint.
+
+    Streams both, on threads; memory does not grow with the models. Raises OptionError, and what opening raises.
+    """
+    from nbmerge.comparing.differ import check_options, diff_weights
+    from nbmerge.comparing.sources import both_weights
+
+    check_options(sample=sample, rank_one=rank_one, workers=workers)
+    one, other = both_weights(a, b, progress=progress, **options)
+    with listener_of(progress) as listen:
+        return diff_weights(
+            one, other, frozen=frozen, rank_one=rank_one, sample=sample, workers=workers, listener=listen
+        )
+
+
+def trajectory(
+    run: PathLike | Sequence[Source],
+    *,
+    frozen: str | Sequence[str] = (),
+    sample: float = 1.0,
+    workers: int | None = None,
+    progress: bool | None = None,
+    **options: Any,
+) -> Trajectory:
+    """How the weights changed along the steps of a run, and whether successive updates point the same way.
+
+        nbmerge.trajectory("checkpoints/my_run")     # its global_step_N, or global_step_N/actor, in order
+
+    run: a run's directory, or a list of what `diff` takes, in the order of the steps. frozen, sample, options: as for
+    `diff`. Raises NotACheckpointError for a directory with fewer than two steps, OptionError, and what opening raises.
+    """
+    from nbmerge.comparing.running import trajectory_of
+    from nbmerge.comparing.sources import run_weights
+
+    with listener_of(progress) as listen:
+        models = run_weights(run, progress=progress, **options)
+        return trajectory_of(models, frozen=frozen, sample=sample, workers=workers, listener=listen)

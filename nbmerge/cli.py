@@ -12,7 +12,7 @@ from typing import Any
 
 from nbmerge.arguments import HelpRequested, Parser, add_options, given_options
 from nbmerge.errors import NbmergeError, OptionError, one_line, plural, summarise
-from nbmerge.options import OPEN_OPTIONS, MergeOptions
+from nbmerge.options import OPEN_OPTIONS, DiffOptions, MergeOptions, ValidateOptions
 
 OK, PROBLEM, USAGE, INTERRUPTED = 0, 1, 2, 130
 _PROGRAM = "python -m nbmerge"
@@ -90,24 +90,41 @@ def _merge(options: argparse.Namespace) -> int:
 
 
 def _test(options: argparse.Namespace) -> int:
-    """verl's `test`: what the merge would write, against a directory, bit for bit."""
+    """verl's `test`: what the merge would write, against a directory, within verl's tolerances."""
     import nbmerge
-    from nbmerge.validator import differences
+    from nbmerge.validation.against import compare_unmerged
 
     given = given_options(options, MergeOptions)
     _say_what_is_not_needed(given)
     plan = nbmerge.plan_merge(options.local_dir, **given)
-    plan.raise_if_problems()
-    problems = differences(plan, Path(options.test_hf_dir).expanduser())
-    if problems:
-        lines = summarise(problems)
+    outcome = compare_unmerged(plan, options.test_hf_dir)
+    if outcome.findings:
+        lines = summarise([finding.as_problem() for finding in outcome.findings])
         print(
-            "\n".join([f"{plural(len(problems), 'difference')} from {options.test_hf_dir}", *lines]),
+            "\n".join([f"{plural(len(outcome.findings), 'difference')} from {options.test_hf_dir}", *lines]),
             file=sys.stderr,
         )
         return PROBLEM
-    print(f"equal: {plural(len(plan.tensors), 'tensor')}, {plan.data_bytes:,} bytes, bit for bit")
+    print(f"equal: {plural(len(plan.tensors), 'tensor')}, {plan.data_bytes:,} bytes; {outcome.said}")
     return OK
+
+
+def _validate(options: argparse.Namespace) -> int:
+    import nbmerge
+
+    given = given_options(options, ValidateOptions)
+    report = nbmerge.validate(options.model_dir, checkpoint=options.checkpoint, reference=options.reference, **given)
+    print(report)
+    return OK if report.ok else PROBLEM
+
+
+def _diff(options: argparse.Namespace) -> int:
+    """1 where a tensor that was declared frozen moved."""
+    import nbmerge
+
+    found = nbmerge.diff(options.a, options.b, **given_options(options, DiffOptions))
+    print(found)
+    return PROBLEM if found.frozen_moved else OK
 
 
 def _demo(options: argparse.Namespace) -> int:
@@ -135,13 +152,22 @@ def _commands() -> dict[str, _Command]:
         "--target_dir", default="tmp", metavar="OUT", help="the directory to write; must not exist (default: tmp)"
     )
     add_options(merge.parser, MergeOptions)
-    test = _Command("test", "compare what a merge would write with a directory, bit for bit", _test)
+    test = _Command("test", "compare what a merge would write with a directory, as verl's test does", _test)
     test.parser.add_argument("--local_dir", required=True, metavar="CKPT", help="the checkpoint's directory")
     test.parser.add_argument("--test_hf_dir", required=True, metavar="REF", help="the directory to compare with")
     add_options(test.parser, MergeOptions, _TEST_OPTIONS)
+    validate = _Command("validate", "check a merged directory, and every value against its checkpoint", _validate)
+    validate.parser.add_argument("model_dir", metavar="DIR", help="the merged directory")
+    validate.parser.add_argument("--checkpoint", metavar="CKPT", help="the checkpoint that it was merged from")
+    validate.parser.add_argument("--reference", metavar="REF", help="a model that it should be close to")
+    add_options(validate.parser, ValidateOptions)
+    diff = _Command("diff", "show which weights changed between two models, by how much, and where", _diff)
+    diff.parser.add_argument("a", metavar="A", help="the model before: a directory, or a checkpoint")
+    diff.parser.add_argument("b", metavar="B", help="the model after, likewise")
+    add_options(diff.parser, DiffOptions)
     demo = _Command("demo", "make a small real FSDP checkpoint, merge it, and prove the result", _demo)
     demo.parser.add_argument("--dir", metavar="DIR", help="keep checkpoint and result in this new directory")
-    return {"merge": merge, "test": test, "demo": demo}
+    return {"merge": merge, "validate": validate, "test": test, "diff": diff, "demo": demo}
 
 
 _COMMANDS = _commands()

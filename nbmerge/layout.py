@@ -120,6 +120,17 @@ class SourceFile:
             return True
 
 
+@dataclass(frozen=True)
+class Stated:
+    """What a run recorded of its model and itself beside the tensors, and the file that says it.
+
+    values: by the framework's own names; empty where nothing was recorded.
+    """
+
+    values: Mapping[str, object] = field(default_factory=dict)
+    where: str = ""
+
+
 @dataclass(frozen=True, repr=False)
 class Checkpoint(Displayed):
     """The index of a checkpoint. Made by a loader from headers and pickles; reads no tensor data.
@@ -129,6 +140,7 @@ class Checkpoint(Displayed):
     mesh: the device mesh that most tensors lie on; config_dir: where config.json and the tokenizer are;
     notes: what a reader should know (files left alone, overrides); problems: what is wrong with it;
     names: whose names the tensors have, `transformers` (its own or published ones) or `megatron`;
+    stated: what the run recorded of its model, to be held against config.json;
     strict_copies: whether ranks that hold one tensor must hold equal copies of it, as Megatron keeps them;
     origin: for tensors that no file of `files` holds, what tells this checkpoint from another.
     """
@@ -145,6 +157,7 @@ class Checkpoint(Displayed):
     notes: tuple[str, ...] = ()
     overrides: Mapping[str, object] = field(default_factory=dict)
     names: str = "transformers"
+    stated: Stated = field(default_factory=Stated)
     strict_copies: bool = False
     origin: str = ""
     problems: tuple[Problem, ...] = ()

@@ -127,17 +127,16 @@ class BaseModelMerger:
         return plan_merge(self.open(), **self._plan_keywords())
 
     def merge_and_save(self) -> MergeReport:
-        """Merges into target_dir; for `test`, compares bit for bit and raises VerificationError on a difference."""
-        from nbmerge.validator import differences
+        """Merges into target_dir; for `test`, compares as verl does, and raises VerificationError on a difference."""
+        from nbmerge.validation.against import compare_unmerged
 
         plan = self.plan()
         if self.config.operation == "merge":
             return self._write(plan)
-        plan.raise_if_problems()
-        problems = differences(plan, Path(str(self.config.test_hf_dir)).expanduser())
-        if problems:
-            title = f"{plural(len(problems), 'difference')} from {self.config.test_hf_dir}"
-            raise VerificationError(title, problems=problems)
+        findings = compare_unmerged(plan, str(self.config.test_hf_dir)).findings
+        if findings:
+            title = f"{plural(len(findings), 'difference')} from {self.config.test_hf_dir}"
+            raise VerificationError(title, problems=[finding.as_problem() for finding in findings])
         return MergeReport(plan)
 
     def save_hf_model_and_tokenizer(self, state_dict: Mapping[str, torch.Tensor | LazyTensor]) -> MergeReport:

@@ -108,6 +108,70 @@ class MergeOptions:
         return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
 
 
+@dataclass(frozen=True, kw_only=True)
+class ValidateOptions:
+    """The options of a validation. Field names are the keywords of `nbmerge.validate` and the magic's flags."""
+
+    checks: tuple[str, ...] = _option((), "run only these checks; default: all", nargs="+", metavar="CHECK", type=str)
+    sample: float = _option(1.0, "share of the elements to compare, above 0 up to 1; default: all", type=float)
+    atol: float = _option(1e-6, "absolute tolerance against the reference", type=float)
+    rtol: float = _option(1e-6, "relative tolerance against the reference", type=float)
+    no_run: bool = _option(False, "do not load the model and run it")
+    workers: int | None = _option(None, "threads; default: one for each processor, from 2 to 8", type=int)
+    trust_remote_code: bool = _option(False, "run the model code in the directory's own files")
+    trust_pickle: bool = _option(False, "let the checkpoint's pickles run any code; only for files that you wrote")
+
+    def __post_init__(self) -> None:
+        _share(self.sample)
+        for name in ("atol", "rtol"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise OptionError(f"{name}={getattr(self, name)!r}", fix="a number from 0 on, e.g. 1e-6")
+        if self.workers is not None and self.workers < 1:
+            raise OptionError(f"workers={self.workers}", fix="a number from 1 on")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiffOptions:
+    """The options of a comparison. Field names are the keywords of `nbmerge.diff` and the magic's flags."""
+
+    frozen: tuple[str, ...] = _option(
+        (), "patterns of names that must not have changed, e.g. '*.embed_tokens.*'", nargs="+", metavar="PATTERN",
+        type=str,
+    )  # fmt: skip
+    rank_one: bool = _option(False, "also find how much of each matrix's update is one outer product")
+    sample: float = _option(1.0, "share of the elements to compare, above 0 up to 1; default: all", type=float)
+    workers: int | None = _option(None, "threads; default: one for each processor, from 2 to 8", type=int)
+    hf_model_config_path: str | None = _option(
+        None, "directory of config.json, for a checkpoint without huggingface/", metavar="DIR", path=True
+    )
+    trust_remote_code: bool = _option(False, "run the model code in the directories' own files")
+    trust_pickle: bool = _option(False, "let the checkpoints' pickles run any code; only for files that you wrote")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExplainOptions:
+    """The options of an explanation. Field names are the keywords of `nbmerge.explain` and the magic's flags."""
+
+    got: str | None = _option(None, "shape in the checkpoint, e.g. 3600 or 62,18", metavar="DIMS")
+    expected: str | None = _option(None, "shape that the model has, e.g. 3584 or 62,18", metavar="DIMS")
+    ranks: int | None = _option(
+        None, "how many ranks wrote it; without it all numbers that fit are shown", type=int
+    )  # fmt: skip
+    hf_model_config_path: str | None = _option(
+        None, "directory of the expected model's config.json", metavar="DIR", path=True
+    )
+    is_value_model: bool = _option(False, "the model is a critic: token classification with one label")
+    tie_word_embedding: bool = _option(False, "tie the embeddings whatever config.json says")
+    backend: str = _option("auto", "the layout's loader; auto recognises it", choices=BACKENDS)
+    trust_remote_code: bool = _option(False, "run the model code in the checkpoint's own files")
+    trust_pickle: bool = _option(False, "let the checkpoint's pickles run any code; only for files that you wrote")
+
+
+def _share(sample: float) -> None:
+    if not 0 < sample <= 1:
+        raise OptionError(f"sample={sample!r}", fix="a share above 0, up to 1 for all, e.g. 0.01")
+
+
 def _floating(text: str) -> None:
     try:
         floating = parse_dtype(text).is_floating

@@ -11,6 +11,8 @@ from pathlib import Path
 
 from nbmerge.dtypes import DType
 from nbmerge.errors import PlanError, Problem, plural
+from nbmerge.explaining.candidates import Mismatch
+from nbmerge.explaining.diagnosis import Diagnosis
 from nbmerge.expressions import Expr, fingerprint
 from nbmerge.geometry import Box, Shape
 from nbmerge.layout import Checkpoint, SourceFile
@@ -137,7 +139,9 @@ class MergePlan(Displayed):
     probed: small tensors that were compared while planning; equalities: large ones that the copy compares;
     trims: padding that is cut off; fills: outputs that the checkpoint does not hold;
     base_files: the base model's files that those are read from;
-    drift: copies on several ranks that were found to differ, of which the lowest rank's is written.
+    drift: copies on several ranks that were found to differ, of which the lowest rank's is written;
+    mismatches: tensors of another shape than the model's, missing or too many; diagnosis: how the config as a whole
+    is another model's. `nbmerge.explain(plan)` says why.
     """
 
     checkpoint: Checkpoint
@@ -164,6 +168,8 @@ class MergePlan(Displayed):
     drift: tuple[Drift, ...] = ()
     problems: tuple[Problem, ...] = ()
     versions: Mapping[str, str] = field(default_factory=dict)
+    mismatches: tuple[Mismatch, ...] = ()
+    diagnosis: Diagnosis | None = None
 
     @property
     def tensors(self) -> dict[str, OutputTensor]:

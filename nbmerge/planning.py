@@ -37,7 +37,10 @@ def make_plan(checkpoint: Checkpoint, model: HFModel, options: MergeOptions) -> 
     """
     facts = model.facts
     exprs = {name: tensor.expr for name, tensor in checkpoint.tensors.items()}
-    named = outputs_of(exprs, checkpoint.names, facts, options.dialect, _base_of(options))
+    recorded_ranks = None if checkpoint.overrides else checkpoint.world_size
+    named = outputs_of(
+        exprs, checkpoint.names, facts, options.dialect, _base_of(options), recorded_ranks, checkpoint.stated
+    )
     outputs, casts = _cast(named, facts, options)
     unsafe = _unsafe_names(outputs)
     safe = {name: expr for name, expr in outputs.items() if name not in unsafe}
@@ -55,6 +58,7 @@ def make_plan(checkpoint: Checkpoint, model: HFModel, options: MergeOptions) -> 
         unloaded=named.unloaded, renamed=named.renamed, config_edits=edits, probed=probed, equalities=equalities,
         drift=drift, versions=versions(),
         problems=(*checkpoint.problems, *named.problems, *unsafe.values(), *beside.problems, *unequal),
+        mismatches=named.mismatches, diagnosis=named.diagnosis,
     )  # fmt: skip
 
 

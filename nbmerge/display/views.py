@@ -4,15 +4,25 @@ from __future__ import annotations
 
 from functools import singledispatch
 
+from nbmerge.comparing.model_diff import ModelDiff, TensorDiff
+from nbmerge.comparing.trajectory import Trajectory
 from nbmerge.display.checkpoint_views import checkpoint_view, loader_view
+from nbmerge.display.diff_views import diff_view, tensor_diff_view
+from nbmerge.display.explanation_views import explanation_view, location_view
 from nbmerge.display.fit import fit
 from nbmerge.display.merge_views import plan_view, report_view
 from nbmerge.display.model import View
 from nbmerge.display.tensor_views import tensor_view
+from nbmerge.display.trajectory_views import trajectory_view
+from nbmerge.display.validation_views import validation_view, validator_view
+from nbmerge.explaining.explanation import Explanation
 from nbmerge.layout import Checkpoint, LazyTensor
 from nbmerge.loaders.base import Loader
 from nbmerge.plan import MergePlan
 from nbmerge.report import MergeReport
+from nbmerge.tracing import Location
+from nbmerge.validation.report import ValidationReport
+from nbmerge.validator import Validator
 
 
 def view_of(shown: object) -> View:
@@ -33,3 +43,10 @@ _view_of.register(LazyTensor, tensor_view)
 _view_of.register(Loader, loader_view)
 _view_of.register(MergePlan, plan_view)
 _view_of.register(MergeReport, report_view)
+_view_of.register(ValidationReport, validation_view)
+_view_of.register(Validator, validator_view)
+_view_of.register(Explanation, explanation_view)
+_view_of.register(Location, location_view)
+_view_of.register(ModelDiff, diff_view)
+_view_of.register(TensorDiff, tensor_diff_view)
+_view_of.register(Trajectory, trajectory_view)

@@ -41,12 +41,21 @@ class TensorEntry:
     chunks: tuple[StoredChunk, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class StoredObject:
+    """The bytes of `file` (relative to the directory) that hold a pickled object, as one zip."""
+
+    file: str
+    offset: int
+    length: int
+
+
 @dataclass(frozen=True)
 class Index:
-    """What `.metadata` says: tensors by name, and the names of the entries that are pickled objects."""
+    """What `.metadata` says: tensors by name, and where the pickled objects are, None where it names no place."""
 
     tensors: Mapping[str, TensorEntry]
-    objects: tuple[str, ...]
+    objects: Mapping[str, StoredObject | None]
 
 
 class _Record(StandIn):
@@ -191,16 +200,17 @@ def _index(metadata: Any) -> Index:
     if not isinstance(entries, dict):
         raise TypeError("it has no names of tensors")
     places = _places(metadata.get("storage_data"))
+    of_objects = _objects(metadata.get("storage_data"))
     tensors: dict[str, TensorEntry] = {}
-    objects: list[str] = []
+    objects: dict[str, StoredObject | None] = {}
     for name, entry in entries.items():
         if not isinstance(name, str):
             raise TypeError(f"a {type(name).__name__} in the place of a name")
         if isinstance(entry, _Tensor):
             tensors[name] = _tensor(name, entry, places)
         else:
-            objects.append(name)
-    return Index(tensors, tuple(objects))
+            objects[name] = of_objects.get(name)
+    return Index(tensors, objects)
 
 
 _Places = dict[tuple[str, Shape], tuple[str, int, int]]
@@ -221,6 +231,18 @@ def _places(storage: Mapping[Any, Any]) -> _Places:
         if places.setdefault(at, place) != place:
             raise ValueError(f"the chunk of {name} at {list(at[1])} is said to be in two places")
     return places
+
+
+def _objects(storage: Mapping[Any, Any]) -> dict[str, StoredObject]:
+    """Where objects are. None of the weights, so that what is wrong with one is no reason to refuse them."""
+    found: dict[str, StoredObject] = {}
+    for key, info in storage.items():
+        name, file = key.get("fqn"), info.get("relative_path")
+        if key.get("offset") is None and isinstance(name, str) and isinstance(file, str):
+            offset, length = info.get("offset"), info.get("length")
+            if all(type(number) is int and 0 <= number < _MOST for number in (offset, length)):
+                found[name] = StoredObject(file, offset, length)
+    return found
 
 
 def _tensor(name: str, entry: _Tensor, places: _Places) -> TensorEntry:

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from nbmerge.errors import (
     CheckpointError,
@@ -23,7 +24,7 @@ from nbmerge.errors import (
 from nbmerge.expressions import Stored
 from nbmerge.geometry import Box
 from nbmerge.loaders.base import OpenOptions
-from nbmerge.loaders.dcp_metadata import StoredChunk, TensorEntry
+from nbmerge.loaders.dcp_metadata import StoredChunk, StoredObject, TensorEntry
 from nbmerge.loaders.reading import read_all
 from nbmerge.loaders.torch_zip import TorchZip
 from nbmerge.loaders.unpickle import InertUnpickler, run
@@ -71,6 +72,22 @@ def locate(directory: Path, tensors: Mapping[str, TensorEntry], options: OpenOpt
     return located
 
 
+def read_object(
+    directory: Path, place: StoredObject, allowed: Mapping[tuple[str, str], Any], *, trust_pickle: bool
+) -> Any:
+    """An object of the index, with the names that its pickle may use beside torch's.
+
+    Raises UnsafePickleError for a file outside the directory or a name that is not allowed, a CheckpointError for
+    bytes that are not there or no pickle.
+    """
+    _refuse_outside(directory, [place.file])
+    path = directory / place.file
+    if not _is_file(path) or path.stat().st_size < place.offset + place.length:
+        raise CorruptFileError(f"{place.file} ends before byte {place.offset + place.length:,}", where=str(path))
+    archive = TorchZip(path, place.offset, place.length)
+    return run(InertUnpickler(archive.pickle, path, archive, allowed=allowed, trust_pickle=trust_pickle), path)
+
+
 def rank_of(file: str) -> int:
     """The global rank that wrote a `__R_T.distcp` file; 0 for a file of another name."""
     match = _RANK.fullmatch(Path(file).name)
@@ -79,13 +96,7 @@ def rank_of(file: str) -> int:
 
 def _check_files(directory: Path, chunks: Mapping[str, Sequence[StoredChunk]]) -> None:
     """Raises where a file is outside the directory, is not there, or ends before its last chunk."""
-    outside = [file for file in chunks if Path(file).parts != (file,) or file == ".."]
-    if outside:
-        raise UnsafePickleError(
-            f".metadata names files outside the checkpoint: {listing(outside)}", where=str(directory),
-            why="a checkpoint's files lie beside its index; this one was edited, and could read any file",
-            fix="use the .metadata that training wrote",
-        )  # fmt: skip
+    _refuse_outside(directory, chunks)
     missing = [file for file in chunks if not _is_file(directory / file)]
     if missing:
         raise IncompleteCheckpointError(
@@ -107,6 +118,16 @@ def _check_files(directory: Path, chunks: Mapping[str, Sequence[StoredChunk]]) -
     ]
     if short:
         raise CorruptFileError(f"{plural(len(short), 'file')} cut short in {directory}", problems=short)
+
+
+def _refuse_outside(directory: Path, files: Iterable[str]) -> None:
+    outside = [file for file in files if Path(file).parts != (file,) or file == ".."]
+    if outside:
+        raise UnsafePickleError(
+            f".metadata names files outside the checkpoint: {listing(outside)}", where=str(directory),
+            why="a checkpoint's files lie beside its index; this one was edited, and could read any file",
+            fix="use the .metadata that training wrote",
+        )  # fmt: skip
 
 
 def _is_file(path: Path) -> bool:

@@ -9,6 +9,10 @@ from dataclasses import dataclass, field
 
 from nbmerge import expressions as ex
 from nbmerge.errors import Problem
+from nbmerge.explaining.alike import alike, and_more
+from nbmerge.explaining.candidates import Mismatch
+from nbmerge.explaining.diagnosis import Diagnosis, known_of
+from nbmerge.explaining.model_patterns import CONFIG_FIX
 from nbmerge.expressions import Expr, Input
 from nbmerge.geometry import Shape
 from nbmerge.naming.facts import ModelFacts
@@ -29,7 +33,8 @@ class Named:
     """The outputs of a checkpoint, by name in the order in which files hold them, and what became of the rest.
 
     dialect: of the sources, `hub`, `transformers`, or the table that named them; unloaded: outputs that the class
-    knows and does not load.
+    knows and does not load; mismatches: tensors of other shapes, missing or too many, for an explanation; diagnosis:
+    of the config as a whole, where anything is wrong.
     """
 
     outputs: Mapping[str, Expr]
@@ -42,6 +47,8 @@ class Named:
     fills: tuple[Filled, ...] = ()
     unloaded: tuple[str, ...] = ()
     problems: tuple[Problem, ...] = ()
+    mismatches: tuple[Mismatch, ...] = ()
+    diagnosis: Diagnosis | None = None
 
 
 @dataclass(frozen=True)
@@ -49,13 +56,15 @@ class Given:
     """What is known of sources that were named already, from a framework's own names.
 
     dialect: of their names now; sources: name → the checkpoint's own name for it; unloaded: those that the class
-    publishes and does not load; reported: names whose absence has been told.
+    publishes and does not load; reported: names whose absence has been told; diagnosis: of the config, from the
+    framework's own names.
     """
 
     dialect: str | None = None
     sources: Mapping[str, str] = field(default_factory=dict)
     unloaded: Set[str] = frozenset()
     reported: Set[str] = frozenset()
+    diagnosis: Diagnosis | None = None
 
 
 @dataclass(frozen=True)
@@ -78,6 +87,15 @@ class _Naming:
     fills: list[Filled] = field(default_factory=list)
     unloaded: list[str] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
+    ranks: int | None = None
+    mismatches: list[Mismatch] = field(default_factory=list)
+    diagnosis: Diagnosis = field(default_factory=lambda: Diagnosis(""))
+
+    def asked(self, name: str, got: Shape | None, expected: Shape | None) -> Mismatch:
+        """The question why a tensor is not as the model has it, which is kept."""
+        asked = Mismatch(got, expected, name, known_of(self.facts.config, self.ranks, self.diagnosis))
+        self.mismatches.append(asked)
+        return asked
 
 
 def name_tensors(
@@ -87,10 +105,12 @@ def name_tensors(
     *,
     base: Base | None = None,
     given: Given | None = None,
+    ranks: int | None = None,
 ) -> Named:
     """The outputs of the tensors of a checkpoint for the model that the facts describe.
 
-    target: `hub` for the names that `save_pretrained` writes, `transformers` for those in memory.
+    target: `hub` for the names that `save_pretrained` writes, `transformers` for those in memory; ranks: how many
+    wrote the checkpoint and recorded how they cut it.
     """
     given = given or Given()
     known = {*facts.memory, *facts.published, *facts.tied_on_hub}
@@ -102,7 +122,7 @@ def name_tensors(
     hub_shapes = {name: expr.shape for name, expr in facts.published.items()}
     dialect = given.dialect or _dialect(sources, facts)
     tied = facts.tied if dialect == TRANSFORMERS else facts.tied_on_hub
-    work = _Naming(facts, sources, tied, given, problems=collisions)
+    work = _Naming(facts, sources, tied, given, problems=collisions, ranks=ranks)
     work.base = base if base is None or target == HUB else Base(base.directory, _in_memory(base.tensors, work))
     rules: Mapping[str, Expr]
     if dialect == TRANSFORMERS:
@@ -114,10 +134,14 @@ def name_tensors(
         rules = _unchanged(hub_shapes) if target == HUB else _inverted(work)
         outputs = _apply(work, rules, hub_shapes)
         expected = {name: rule.shape for name, rule in rules.items()}
+    diagnosed = work.diagnosis if work.problems else None
+    if given.diagnosis is None and diagnosed is not None:
+        work.problems[:0] = diagnosed.problem()
     renamed = sum(not isinstance(rule, Input) or rule.name != name for name, rule in rules.items())
     return Named(
         outputs, expected, dialect, renamed, tuple(work.drops), tuple(work.ties), fills=tuple(work.fills),
-        unloaded=tuple(work.unloaded), problems=tuple(work.problems),
+        unloaded=tuple(work.unloaded), problems=tuple(work.problems), mismatches=tuple(work.mismatches),
+        diagnosis=diagnosed,
     )  # fmt: skip
 
 
@@ -188,6 +212,8 @@ def _unchanged(shapes: Mapping[str, Shape]) -> dict[str, Expr]:
 
 def _apply(work: _Naming, rules: Mapping[str, Expr], wanted: Mapping[str, Shape]) -> dict[str, Expr]:
     """The outputs of the rules over the sources. `wanted`: the shapes of the rules' inputs."""
+    held = {name: source.shape for name, source in work.sources.items()}
+    work.diagnosis = work.given.diagnosis or Diagnosis(work.facts.class_name, held, wanted)
     inputs = _inputs(work, wanted)
     outputs: dict[str, Expr] = {}
     missing: dict[str, list[str]] = {}
@@ -200,22 +226,30 @@ def _apply(work: _Naming, rules: Mapping[str, Expr], wanted: Mapping[str, Shape]
         else:
             for needed in absent:
                 missing.setdefault(needed, []).append(name)
-    mismatched = {problem.where for problem in work.problems}
-    mismatched |= {name for name, source in work.given.sources.items() if source in mismatched}
-    for needed, made in missing.items():
-        if needed not in mismatched and needed not in work.given.reported:
-            work.problems.append(
-                Problem(
-                    f"no tensor of the checkpoint fills {made[0]}" + (f" and {len(made) - 1} more" if made[1:] else ""),
-                    where=needed if needed != made[0] else "",
-                    why=f"{work.facts.class_name} has it; the checkpoint does not",
-                    fix="check that config.json is the trained model's and that the checkpoint is complete",
-                    kind="missing",
-                )
-            )
+    told = {asked.name for asked in work.mismatches if asked.got is not None} | set(work.given.reported)
+    _report_missing(work, {name: made for name, made in missing.items() if name not in told}, wanted)
     for name in work.unloaded:
         outputs[name] = work.sources[name]
     return outputs
+
+
+def _report_missing(work: _Naming, missing: Mapping[str, list[str]], wanted: Mapping[str, Shape]) -> None:
+    """The problems of inputs that are not there. missing: input → the outputs that need it."""
+    for group in alike(missing, lambda name: name):
+        for name in group:
+            work.asked(name, None, wanted.get(name))
+        made = missing[group[0]]
+        work.problems.append(
+            Problem(
+                f"no tensor of the checkpoint fills {made[0]}"
+                + (f" and {len(made) - 1} more" if made[1:] else "")
+                + and_more(len(group)),
+                where=group[0] if group[0] != made[0] else "",
+                why=f"{work.facts.class_name} has it; the checkpoint does not",
+                fix="check that config.json is the trained model's and that the checkpoint is complete",
+                kind="missing",
+            )
+        )
 
 
 def _from_base(work: _Naming, name: str, shape: Shape) -> Expr | None:
@@ -241,12 +275,13 @@ def _inputs(work: _Naming, wanted: Mapping[str, Shape]) -> dict[str, Expr]:
     """The sources that the rules may take, with every other one accounted for."""
     inputs: dict[str, Expr] = {}
     strays: list[str] = []
+    misfits: list[str] = []
     for name, source in work.sources.items():
         if name in wanted:
             if source.shape == wanted[name]:
                 inputs[name] = source
             else:
-                work.problems.append(_shape_problem(name, source.shape, wanted[name], work))
+                misfits.append(name)
         elif name in work.tied:
             continue
         elif name in work.facts.buffers or _LEFTOVERS.search(name):
@@ -255,20 +290,28 @@ def _inputs(work: _Naming, wanted: Mapping[str, Shape]) -> dict[str, Expr]:
             work.unloaded.append(name)
         else:
             strays.append(name)
-    work.problems += [
-        _stray_problem(work, name, wanted if number < _NEAREST_SOUGHT else ()) for number, name in enumerate(strays)
-    ]
+    for same in alike(misfits, str, lambda name: work.sources[name].shape, lambda name: wanted[name]):
+        work.problems.append(_shape_problem(same, work.sources[same[0]].shape, wanted[same[0]], work))
+    for number, same in enumerate(alike(strays, str, lambda name: work.sources[name].shape)):
+        work.problems.append(_stray_problem(work, same, wanted if number < _NEAREST_SOUGHT else ()))
     _tie(work, inputs, wanted)
     return inputs
 
 
-def _stray_problem(work: _Naming, name: str, candidates: Iterable[str]) -> Problem:
+def _stray_problem(work: _Naming, names: Sequence[str], candidates: Iterable[str]) -> Problem:
+    """The problem of tensors of one row that the model does not have."""
+    name = names[0]
     near = difflib.get_close_matches(name, candidates, n=1)
-    source, shape = work.given.sources.get(name), list(work.sources[name].shape)
-    return Problem(
-        f"{source} becomes {name} of shape {shape}, which nothing takes"
+    source, shape = work.given.sources.get(name), work.sources[name].shape
+    for each in names:
+        work.asked(each, shape, None)
+    what = (
+        f"{source} becomes {name} of shape {list(shape)}, which nothing takes"
         if source
-        else f"no rule takes {name} of shape {shape}",
+        else f"no rule takes {name} of shape {list(shape)}"
+    )
+    return Problem(
+        what + and_more(len(names)),
         where=f"nearest: {near[0]}" if near else "",
         why=f"{work.facts.class_name} has no such tensor",
         fix="check that config.json is the trained model's: --hf_model_config_path DIR",
@@ -279,7 +322,7 @@ def _tie(work: _Naming, inputs: dict[str, Expr], wanted: Mapping[str, Shape]) ->
     for name, kept in work.tied.items():
         source, kept_source = work.sources.get(name), inputs.get(kept)
         if source is not None and source.shape != wanted.get(kept, source.shape):
-            work.problems.append(_shape_problem(name, source.shape, wanted[kept], work))
+            work.problems.append(_shape_problem([name], source.shape, wanted[kept], work))
         elif source is not None and kept_source is None:
             inputs[kept] = source  # some wrappers save a shared parameter under its other name only
             kept_source = source
@@ -295,11 +338,14 @@ def _tie(work: _Naming, inputs: dict[str, Expr], wanted: Mapping[str, Shape]) ->
         work.ties.append(Tie(name, kept, source, kept_source))
 
 
-def _shape_problem(name: str, got: Shape, want: Shape, work: _Naming) -> Problem:
+def _shape_problem(names: Sequence[str], got: Shape, want: Shape, work: _Naming) -> Problem:
+    """The problem of tensors of one row that have one other shape."""
+    asked = [work.asked(name, got, want) for name in names]
     return Problem(
-        f"{name} has shape {list(got)} in the checkpoint; the config's {work.facts.class_name} has {list(want)}",
-        where=work.given.sources.get(name, name),
-        why="config.json is not this model's, or the vocabulary was resized in training without the config",
-        fix="pass the config that training used: --hf_model_config_path DIR",
+        f"{names[0]} has shape {list(got)} in the checkpoint; the config's {work.facts.class_name} has {list(want)}"
+        + and_more(len(names)),
+        where=work.given.sources.get(names[0], names[0]),
+        why=work.diagnosis.why(asked[0]),
+        fix=CONFIG_FIX,
         kind="contradiction",
     )

@@ -1,11 +1,17 @@
 """The checks of a validation: small, named, each with a severity and a remedy, and all of them run.
 
-findings    what a check found, and what it says of itself
-subject     the directory that is validated, as it stands on disk
-files       index, headers, sizes, side files
-structure   names, shapes and dtypes against the class that config.json names
-values      every element against the checkpoint, or a reference model
-health      NaN, infinity, constants, denormals
-tokenizer   vocabulary and embedding
-running     transformers loads it and it computes
+findings      what a check found, and what it says of itself
+subject       the directory that is validated, as it stands on disk
+checks        all checks but those of values, in their order
+files         headers and index                recorded      the receipt: files, sizes, digests
+side          config, tokenizer files, paths   templates     chat templates
+structure     names and shapes of the class, what is tied    expectation   what the class expects
+element_types dtypes
+tokenizer     vocabulary and embedding
+running       transformers loads it and it computes          loading, computing, room, quiet: its parts
+value_checks  one pass over all elements for source, reference and health
+values        comparisons, block by block      against       pairs the tensors that are compared
+planned       the plan whose result a directory should be
+health        NaN, infinity, constants, denormals            bits          how dtypes spell them
+report        what a validation returns
 """

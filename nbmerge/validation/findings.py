@@ -7,6 +7,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
+from nbmerge.errors import Problem
+
 if TYPE_CHECKING:
     from nbmerge.validation.subject import Subject
 
@@ -29,6 +31,11 @@ class Finding:
     why: str = ""
     fix: str = ""
     severity: str = ERROR
+
+    def as_problem(self) -> Problem:
+        """The same, as errors list it."""
+        what = " ".join(filter(None, (self.subject, self.what)))
+        return Problem(what, self.detail, self.why, self.fix)
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from nbmerge.engine.safetensors_file import Entry, read_header
-from nbmerge.errors import NbmergeError, NotACheckpointError
+from nbmerge.errors import CorruptFileError, NbmergeError, NotACheckpointError
 from nbmerge.expressions import Stored
 from nbmerge.geometry import contiguous_strides
 from nbmerge.naming.facts import ModelFacts
 from nbmerge.naming.model import HFModel
 from nbmerge.receipt import RECEIPT_NAME
 
-INDEX_NAME = "model.safetensors.index.json"
+WEIGHTS_NAME, INDEX_NAME = "model.safetensors", "model.safetensors.index.json"
 
 
 @dataclass(frozen=True)
@@ -46,15 +46,36 @@ class Subject:
                 found[path.name] = read_header(path)
             except NbmergeError as error:
                 found[path.name] = error
+            except OSError as error:  # a broken link, a directory of that name, no permission
+                found[path.name] = CorruptFileError(f"the file cannot be opened: {error.strerror}", where=str(path))
         return found
 
     @cached_property
+    def index(self) -> dict[str, str]:
+        """The index's `weight_map`, tensor → file; empty without an index, or where it is none."""
+        content = self.json(INDEX_NAME)
+        weight_map = content.get("weight_map") if isinstance(content, dict) else None
+        entries = weight_map.items() if isinstance(weight_map, dict) else ()
+        return {name: file for name, file in entries if isinstance(file, str)}
+
+    @cached_property
+    def loaded(self) -> list[str]:
+        """The safetensors files that transformers reads: model.safetensors, else the index's, else all that are here.
+
+        The order in which `PreTrainedModel.from_pretrained` looks for them.
+        """
+        if WEIGHTS_NAME in self.headers:
+            return [WEIGHTS_NAME]
+        named = set(self.index.values())
+        return [name for name in self.headers if name in named] or list(self.headers)
+
+    @cached_property
     def entries(self) -> dict[str, tuple[str, Entry]]:
-        """Every tensor of a file whose header is whole: its file and its entry."""
+        """Every tensor of the files that are loaded and whose header is whole: its file and its entry."""
         return {
             name: (file, entry)
-            for file, entries in self.headers.items()
-            if isinstance(entries, Mapping)
+            for file in self.loaded
+            if isinstance(entries := self.headers[file], Mapping)
             for name, entry in entries.items()
         }
 
@@ -75,7 +96,7 @@ class Subject:
         """The content of a JSON file beside the weights; None where it is missing or is no JSON."""
         try:
             return json.loads((self.directory / name).read_bytes())
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             return None
 
     @cached_property
@@ -83,6 +104,13 @@ class Subject:
         """nbmerge_receipt.json, where a merge wrote the directory."""
         content = self.json(RECEIPT_NAME)
         return content if isinstance(content, dict) else None
+
+    @property
+    def receipt_source(self) -> str:
+        """The checkpoint that the receipt names; empty without one."""
+        source = self.receipt.get("source") if self.receipt else None
+        path = source.get("path") if isinstance(source, dict) else None
+        return path if isinstance(path, str) else ""
 
     @cached_property
     def model(self) -> HFModel:

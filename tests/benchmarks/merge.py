@@ -36,7 +36,7 @@ def _measure(checkpoint: str, target: str, **options: str) -> None:
     light = time.perf_counter()
     _ = HFModel(Path(checkpoint) / "huggingface").facts
     ready = time.perf_counter()
-    before = _status("VmRSS")
+    before = status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # from here on VmHWM is the peak of what follows
     report = nbmerge.merge(checkpoint, target, progress=False, **options)
     stop = time.perf_counter()
@@ -47,14 +47,14 @@ def _measure(checkpoint: str, target: str, **options: str) -> None:
                 "start": ready - start,
                 "merge": stop - ready,
                 "write": report.seconds,
-                "mib": (_status("VmHWM") - before) / 1024,
+                "mib": (status("VmHWM") - before) / 1024,
                 "bytes": report.written_bytes,
             }
         )
     )
 
 
-def _status(field: str) -> int:
+def status(field: str) -> int:
     """A field of /proc/self/status, in KiB."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(field + ":"):

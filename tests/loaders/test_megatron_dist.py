@@ -18,7 +18,6 @@ from nbmerge.engine.events import Advanced, Ended, Event, Started
 from nbmerge.geometry import Box
 from nbmerge.layout import MeshAxis
 from nbmerge.loaders.base import OpenOptions
-from nbmerge.loaders.megatron import sizes as parallel
 from nbmerge.loaders.megatron.dist import is_weight, open_torch_dist
 from tests.support.megatron import VERSIONS, like, megatron_pieces, saved, uneven_rows, whole, write_torch_dist
 from tests.support.megatron_forms import hybrid, megatron_fsdp, optimizer_beside, singleton, stacked, with_mtp
@@ -291,7 +290,7 @@ class TestChunks:
     def test_progress_is_told_in_bytes(self, tmp_path: Path, workers: int):
         events: list[Event] = []
         write_torch_dist(tmp_path, llama(), megatron_pieces(TWO_BY_TWO))
-        open_torch_dist(tmp_path, OpenOptions(workers=workers, listener=events.append), parallel.ParallelSizes())
+        open_torch_dist(tmp_path, OpenOptions(workers=workers, listener=events.append))
         size = sum(path.stat().st_size for path in tmp_path.glob("*.distcp"))
         assert events[0] == Started("reading", size)
         assert events[-1] == Ended("reading")

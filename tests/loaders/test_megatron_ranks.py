@@ -577,10 +577,3 @@ def test_a_tensor_stored_in_another_order_is_read_as_it_is(tmp_path: Path):
     states["mp_rank_00"][0][name] = want[name].T.contiguous().T
     contents = opened(write_verl(tmp_path, states))
     assert bits_of(contents.tensors[name].expr) == bits(want[name])
-
-
-def test_experts_with_gate_and_up_in_alternating_blocks_are_refused(tmp_path: Path):
-    ranks = Ranks(stages=[[1]])
-    write_lm(tmp_path, rank_states(gpt(1), ranks), arguments_of(ranks, moe_mlp_glu_interleave_size=32))
-    message = refusal(UnsupportedCheckpointError, opened, tmp_path)
-    assert_says(message, "moe_mlp_glu_interleave_size=32", "alternating blocks", str(tmp_path), "fix:")

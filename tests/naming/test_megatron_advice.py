@@ -98,8 +98,10 @@ class TestTensorsThatNothingFills:
 
     def test_that_come_from_one_tensor_are_told_once(self, tmp_path: Path):
         message = refused_megatron(tmp_path, megatron_state("llama"), "qwen2")
-        assert_says(message, "1 problem", "fills model.layers.0.self_attn.q_proj.bias and 5 more like it",
+        assert_says(message, "2 problems", "fills model.layers.0.self_attn.q_proj.bias and 5 more like it",
                     "decoder.layers.N.self_attention.linear_qkv.bias")  # fmt: skip
+        first = message.splitlines()[1]
+        assert_says(first, "config.json is of another family", "lacks biases of query, key and value", "those of Llama")
 
     @pytest.mark.parametrize(
         ("gone", "words"),

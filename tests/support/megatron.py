@@ -112,7 +112,7 @@ def write_torch_dist(
     directory.mkdir(parents=True, exist_ok=True)
     every = dict(objects or {})
     if not form.common and form.metadata_json:
-        every["common_state/shard_0_1"] = (0, saved([{"content_metadata": _CONTENT}]))
+        every.setdefault("common_state/shard_0_1", (0, saved([{"content_metadata": _CONTENT}])))
     entries = list(_entries(tensors, pieces, every))
     stored = _write_files(directory, entries, form, threads)
     _write_metadata(directory, tensors, entries, stored, form, planner_data)

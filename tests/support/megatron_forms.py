@@ -89,7 +89,7 @@ def hybrid(tensors: Mapping[str, torch.Tensor]) -> Tensors:
         if found is None:
             out[name.replace("decoder.final_layernorm.", "decoder.final_norm.")] = tensor
         else:
-            second = found[2].startswith(("mlp.", "pre_mlp_layernorm."))
+            second = found[2].startswith(("mlp.", "pre_mlp_", "post_mlp_", "post_feedforward_"))
             out[f"decoder.layers.{2 * int(found[1]) + second}.{found[2]}"] = tensor
     return out
 

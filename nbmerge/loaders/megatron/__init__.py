@@ -6,9 +6,8 @@ under Megatron's own names with layer and expert numbers of the whole model; `na
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from nbmerge.errors import CheckpointError, IncompleteCheckpointError, OptionError, UnsupportedCheckpointError
 from nbmerge.layout import Checkpoint
@@ -16,12 +15,9 @@ from nbmerge.loaders.base import Loader, OpenOptions
 from nbmerge.loaders.megatron.contents import Contents
 from nbmerge.loaders.megatron.directories import Place, find, json_object
 from nbmerge.loaders.megatron.dist import open_torch_dist
-from nbmerge.loaders.megatron.pickles import ALLOWED, saved_arguments
 from nbmerge.loaders.megatron.ranks import open_rank_files
-from nbmerge.loaders.megatron.settings import refuse_interleaved
-from nbmerge.loaders.megatron.sizes import ParallelSizes
+from nbmerge.loaders.megatron.recorded import beside_weights
 from nbmerge.loaders.megatron.zarr import open_zarr
-from nbmerge.loaders.unpickle import load_torch_file
 
 
 class MegatronLoader(Loader):
@@ -68,27 +64,20 @@ class MegatronLoader(Loader):
             evidence=place.evidence,
             notes=contents.notes,
             names="megatron",
+            stated=contents.stated,
             strict_copies=True,
         )
 
 
 def _read(place: Place, options: OpenOptions, config_dir: Path | None) -> Contents:
     if place.kind == "ranks":
-        return open_rank_files(place.weights, options, json_object(config_dir / "config.json") if config_dir else None)
-    settings = place.transformer_config or _arguments(place.weights, options)
-    refuse_interleaved(settings, str(place.root))
-    sizes = ParallelSizes.of(settings)
+        config = json_object(config_dir / "config.json") if config_dir else None
+        contents = open_rank_files(place.weights, options, config)
+        return contents if contents.stated.values else replace(contents, stated=place.transformer_config)
+    recorded = beside_weights(place, options)
     if place.kind == "zarr":
-        return open_zarr(place.weights, sizes)
-    return open_torch_dist(place.weights, options, sizes)
-
-
-def _arguments(directory: Path, options: OpenOptions) -> Mapping[str, Any]:
-    """Megatron-LM's arguments in common.pt, for the parallel sizes. Core 0.19 and later write no such file."""
-    path = directory / "common.pt"
-    if not path.is_file():
-        return {}
-    return saved_arguments(load_torch_file(path, allowed=ALLOWED, trust_pickle=options.trust_pickle))
+        return open_zarr(place.weights, recorded)
+    return open_torch_dist(place.weights, options, recorded)
 
 
 def _without_weights(place: Place) -> CheckpointError:

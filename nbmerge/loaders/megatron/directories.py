@@ -3,6 +3,7 @@
 verl:         dist_ckpt/, huggingface/ (0.5 to 0.8); model/dist_ckpt/, model/huggingface/, ckpt_contents.json (0.9 on);
               model/mp_rank_*/model.pt (0.3, 0.4)
 Megatron-LM:  latest_checkpointed_iteration.txt, iter_NNNNNNN/ with .metadata or mp_rank_*/model_optim_rng.pt
+NeMo 2:       weights/, context/
 alone:        a dist_ckpt directory, an iteration's directory
 """
 
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from nbmerge.errors import CheckpointError, IncompleteCheckpointError, listing
+from nbmerge.layout import Stated
 from nbmerge.loaders.dcp_metadata import METADATA
 from nbmerge.loaders.megatron.files import WEIGHTS
 
@@ -42,13 +44,13 @@ class Place:
     evidence: tuple[str, ...]
 
     @property
-    def transformer_config(self) -> Mapping[str, Any]:
+    def transformer_config(self) -> Stated:
         """What verl saved of Megatron's TransformerConfig, empty where it is not there or unreadable."""
         for directory in _upwards(self.weights, self.root):
             path = directory / "transformer_config.json"
             if path.is_file():
-                return json_object(path)
-        return {}
+                return Stated(json_object(path), str(path))
+        return Stated()
 
     @property
     def huggingface(self) -> Path | None:
@@ -64,9 +66,10 @@ def find(directory: Path) -> Place | None:
     """
     if place := _already_converted(directory):
         return place
-    for inside in ("", "model", "model/dist_ckpt", "dist_ckpt"):
+    for inside in ("", "model", "model/dist_ckpt", "dist_ckpt", "weights"):
         folder = directory / inside
-        if found := _kind(folder, known=bool(inside)):
+        known = bool(inside) and (inside != "weights" or (directory / "context").is_dir())
+        if found := _kind(folder, known=known):
             kind, evidence = found
             evidence = f"{inside}/{evidence}" if inside else evidence
             return Place(kind, folder, directory, _config_of(folder, directory), (evidence,))

@@ -17,6 +17,7 @@ from nbmerge.loaders.base import OpenOptions
 from nbmerge.loaders.dcp_metadata import METADATA, read_index
 from nbmerge.loaders.dcp_storage import locate, rank_of
 from nbmerge.loaders.megatron.contents import Contents
+from nbmerge.loaders.megatron.recorded import NOTHING, Recorded, in_index
 from nbmerge.loaders.megatron.sizes import ParallelSizes
 
 # What lies beside the weights under a first word of its own: optimizer, its scheduler, random number generators.
@@ -32,12 +33,15 @@ def is_weight(name: str) -> bool:
     return not _BESIDE.match(name) and _EXTRA not in name
 
 
-def open_torch_dist(directory: Path, options: OpenOptions, sizes: ParallelSizes) -> Contents:
+def open_torch_dist(directory: Path, options: OpenOptions, recorded: Recorded = NOTHING) -> Contents:
     """The weights of a distributed checkpoint. Without tensors where it holds only optimizer state.
 
+    recorded: what a file beside the index says of the run; where none does, an object of the index may.
     Raises what reading the index and the files raises, and IncompleteCheckpointError for chunks that leave gaps.
     """
     index = read_index(directory, trust_pickle=options.trust_pickle)
+    stated, unread = recorded if recorded != NOTHING else in_index(directory, index, options)
+    sizes = ParallelSizes.of(stated.values)
     entries = {name: entry for name, entry in index.tensors.items() if is_weight(name)}
     located = locate(directory, entries, options)
     tensors: dict[str, LazyTensor] = {}
@@ -61,7 +65,8 @@ def open_torch_dist(directory: Path, options: OpenOptions, sizes: ParallelSizes)
         files=tuple(_files(directory, {chunk.file for entry in entries.values() for chunk in entry.chunks})),
         world_size=_world_size(directory),
         mesh=sizes.mesh,
-        notes=_notes(beside, len(index.objects)),
+        notes=(*unread, *_notes(beside, len(index.objects))),
+        stated=stated,
     )
 
 

@@ -20,6 +20,9 @@ _FINAL_NORM = re.compile(r"(?:^|\.)decoder\.final_(?:layer)?norm\.weight$")
 _MOST_FILES = 1 << 20  # what arguments can claim before their product is taken for damage
 _COPY = "copy the missing files from the machines that trained; without them the weights are incomplete"
 
+_Pairs = set[tuple[int, int]]
+"""Expert rank and tensor rank of files."""
+
 
 class At(NamedTuple):
     """Where a file stands. Files are numbered in this order: by stage, in it by expert rank, then by tensor rank."""
@@ -100,20 +103,24 @@ class Grid:
                 fix=_COPY,
             )
 
-    def _expected(self, expert_shards: int | None) -> set[tuple[int, int]]:
-        """The pairs of expert and tensor rank that a stage has: all of them, or fewer where experts fold over TP.
+    def _expected(self, expert_shards: int | None) -> _Pairs:
+        """The pairs of expert and tensor rank that a stage needs files of: all, or fewer where experts fold over TP.
 
-        Rank r of a stage has tensor rank r % TP and expert rank (r // ETP) % EP
-        (megatron/core/parallel_state.py, order tp-cp-ep-dp-pp), so that the pattern repeats after lcm(TP, ETP * EP).
+        Rank r of a stage has tensor rank r % TP and expert rank (r // ETP) % EP (megatron/core/parallel_state.py,
+        order tp-cp-ep-dp-pp). The pattern repeats after lcm(TP, ETP * EP), and its first max(TP, ETP * EP) ranks, which
+        newer versions alone write (megatron/training/checkpointing.py), hold the whole stage already.
         """
         present = {(at.ep, at.tp) for at in self.files}
         shards = [expert_shards] if expert_shards else [n for n in range(1, self.tp + 1) if self.tp % n == 0]
-        patterns = [{(ep, tp) for ep in range(self.ep) for tp in range(self.tp)}]
+        every = {(ep, tp) for ep in range(self.ep) for tp in range(self.tp)}
+        patterns: list[tuple[_Pairs, _Pairs]] = [(every, every)]  # what is needed, and what may be there
         for etp in shards:
-            repeat = math.lcm(self.tp, etp * self.ep)
-            patterns.append({(r // etp % self.ep, r % self.tp) for r in range(repeat)})
-        fitting = [pattern for pattern in patterns if pattern >= present]
-        return min(fitting, key=len)
+            longest, repeat = max(self.tp, etp * self.ep), math.lcm(self.tp, etp * self.ep)
+            pairs = [(r // etp % self.ep, r % self.tp) for r in range(repeat)]
+            patterns += [(set(pairs), set(pairs)), (set(pairs[:longest]), set(pairs))]
+        fitting = [(needed, allowed) for needed, allowed in patterns if allowed >= present]
+        whole = [needed for needed, _ in fitting if needed <= present]
+        return min(whole or [needed for needed, _ in fitting], key=len)
 
 
 def _axes(

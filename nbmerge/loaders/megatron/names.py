@@ -74,8 +74,7 @@ def _experts_together(tensors: Mapping[str, list[Held]]) -> list[tuple[str, list
     order: dict[str, tuple[int, int]] = {}
     for name in tensors:
         match = _expert(name)
-        kind = f"{match[1]}{match[2]}{match[4]}" if match else name
-        order[name] = kinds.setdefault(kind, len(kinds)), int(match[3]) if match else 0
+        order[name] = kinds.setdefault(kind_of(name), len(kinds)), int(match[3]) if match else 0
     return sorted(tensors.items(), key=lambda item: order[item[0]])
 
 
@@ -145,6 +144,12 @@ def _layer(name: str) -> re.Match[str] | None:
 @lru_cache(1 << 16)
 def _expert(name: str) -> re.Match[str] | None:
     return _SEQUENTIAL.fullmatch(name) or _GROUPED.fullmatch(name)
+
+
+def kind_of(name: str) -> str:
+    """The name without the number of an expert: one for all experts of a layer."""
+    match = _expert(name)
+    return f"{match[1]}{match[2]}{match[4]}" if match else name
 
 
 def _expert_counts(models: Mapping[At, Chunks], problems: list[Problem]) -> dict[tuple[str, int, int], int]:

@@ -66,6 +66,14 @@ class TensorCut:
 _WHOLE = TensorCut(None)
 
 
+def is_cut(name: str, shape: Shape) -> bool:
+    """Whether several tensor parallel ranks surely hold different parts of a matrix of this name, as layers have it."""
+    match = _NAME.fullmatch(name)
+    if match is None or match[3] != "weight" or len(shape) != _DIMENSIONS["weight"]:
+        return False
+    return match[2] in _COLUMN | _ROW and not (match[2] == "output_layer" and shape[0] == 1)
+
+
 def tensor_cut(name: str, shape: Shape, ranks: int, shape_of: ShapeOf, settings: Settings) -> TensorCut | Problem:
     """How `ranks` tensor parallel ranks cut a tensor that has the local `shape` on each.
 

@@ -11,14 +11,16 @@ from pathlib import Path
 from typing import Any
 
 from nbmerge.errors import listing, plural
+from nbmerge.layout import Stated
 from nbmerge.loaders.base import OpenOptions, index_error
 from nbmerge.loaders.megatron.assembly import Assembly
 from nbmerge.loaders.megatron.contents import Contents
+from nbmerge.loaders.megatron.copies import copies
 from nbmerge.loaders.megatron.files import Numbers, RankFiles
-from nbmerge.loaders.megatron.grid import Grid
+from nbmerge.loaders.megatron.grid import At, Grid
 from nbmerge.loaders.megatron.names import gather
-from nbmerge.loaders.megatron.pickles import ALLOWED
-from nbmerge.loaders.megatron.settings import Settings, refuse_interleaved
+from nbmerge.loaders.megatron.pickles import ALLOWED, saved_arguments
+from nbmerge.loaders.megatron.settings import Settings
 from nbmerge.loaders.megatron.states import check_virtual_stages, common_arguments, model_chunks
 from nbmerge.loaders.reading import read_files
 from nbmerge.loaders.unpickle import load_torch_file
@@ -41,14 +43,13 @@ def open_rank_files(directory: Path, options: OpenOptions, config: Mapping[str, 
     states = read_files(found.weights, options, read)
     models = {numbers: model_chunks(state, found.weights[numbers]) for numbers, state in states.items()}
     settings = Settings(common_arguments(states, found.weights), config or {})
-    refuse_interleaved(settings.arguments, str(directory))
     check_virtual_stages(models, found.weights, settings.argument("virtual_pipeline_model_parallel_size"))
     grid = Grid.of(found, models, settings)
     placed = {grid.places[numbers]: chunks for numbers, chunks in models.items()}
-    gathered = gather(dict(sorted(placed.items())), grid.files)
-    made = Assembly(grid, settings, gathered).run()
-    if made.problems:
-        raise index_error(made.problems, directory)
+    placed = dict(sorted(placed.items()))
+    made = Assembly(grid, settings, gathered := gather(placed, grid.files)).run()
+    if problems := [*copies(placed, grid, _writers(states, grid)), *made.problems]:
+        raise index_error(problems, directory)
     return Contents(
         layout=_layout(states, found),
         tensors=made.tensors,
@@ -56,7 +57,14 @@ def open_rank_files(directory: Path, options: OpenOptions, config: Mapping[str, 
         world_size=len(grid.files),
         mesh=grid.mesh,
         notes=(*grid.notes, *made.notes, *_left_alone(states, found, list(gathered.objects))),
+        stated=Stated(settings.arguments, str(next(iter(found.weights.values())))) if settings.arguments else Stated(),
     )
+
+
+def _writers(states: Mapping[Numbers, Any], grid: Grid) -> dict[At, int]:
+    """The global rank that wrote each file, by its arguments: Megatron-LM's own have it."""
+    found = ((grid.places[numbers], saved_arguments(state).get("rank")) for numbers, state in states.items())
+    return {at: rank for at, rank in found if type(rank) is int}
 
 
 def _layout(states: Mapping[Numbers, Any], found: RankFiles) -> str:

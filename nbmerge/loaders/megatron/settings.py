@@ -6,8 +6,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from nbmerge.errors import UnsupportedCheckpointError
-
 _NESTED = ("text_config", "llm_config", "thinker_config")  # where multimodal configs keep the language model's sizes
 
 _EXPERT_COUNTS = ("n_routed_experts", "num_experts", "num_local_experts", "moe_num_experts")
@@ -43,22 +41,6 @@ class Settings:
     def expert_count(self) -> int | None:
         """Routed experts of a layer, by the arguments, else by config.json."""
         return self.argument("num_experts") or self.config_size(*_EXPERT_COUNTS)
-
-
-def refuse_interleaved(settings: Mapping[str, Any], where: str) -> None:
-    """Raises UnsupportedCheckpointError where experts were stored with gate and up rows in alternating blocks.
-
-    settings: Megatron-LM's arguments, or verl's transformer_config.json. Neither names nor shapes show this form
-    (megatron/core/transformer/moe/experts.py, moe_mlp_glu_interleave_size).
-    """
-    for name in ("moe_mlp_glu_interleave_size", "moe_shared_expert_glu_interleave_size"):
-        if _size(settings.get(name)):
-            raise UnsupportedCheckpointError(
-                f"the experts' gate and up rows are stored in alternating blocks: {name}={settings[name]}",
-                where=where,
-                why="this version knows no table for that form, and would mix gate and up projections",
-                fix="convert the checkpoint with Megatron-LM, with that option off",
-            )
 
 
 def _scopes(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:

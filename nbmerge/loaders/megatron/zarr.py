@@ -21,6 +21,7 @@ from nbmerge.loaders.base import index_error
 from nbmerge.loaders.megatron.contents import Contents
 from nbmerge.loaders.megatron.directories import json_object
 from nbmerge.loaders.megatron.dist import is_weight
+from nbmerge.loaders.megatron.recorded import Recorded
 from nbmerge.loaders.megatron.sizes import ParallelSizes
 
 _NUMPY = {
@@ -30,8 +31,13 @@ _NUMPY = {
 _MOST_PROBLEMS = 100  # of one array
 
 
-def open_zarr(directory: Path, sizes: ParallelSizes) -> Contents:
-    """The weights of a zarr checkpoint. Raises a CheckpointError with all that is wrong."""
+def open_zarr(directory: Path, recorded: Recorded) -> Contents:
+    """The weights of a zarr checkpoint. recorded: what a file beside them says of the run.
+
+    Raises a CheckpointError with all that is wrong.
+    """
+    stated, unread = recorded
+    sizes = ParallelSizes.of(stated.values)
     tensors: dict[str, LazyTensor] = {}
     files: list[SourceFile] = []
     problems: list[Problem] = []
@@ -56,7 +62,7 @@ def open_zarr(directory: Path, sizes: ParallelSizes) -> Contents:
     note = f"{plural(beside, 'tensor')} of the optimizer left alone"
     return Contents(
         layout="Megatron zarr", tensors=tensors, files=tuple(files), world_size=(sizes.tp or 1) * (sizes.pp or 1),
-        mesh=sizes.mesh, notes=(note,) if beside else (),
+        mesh=sizes.mesh, notes=(*unread, *((note,) if beside else ())), stated=stated,
     )  # fmt: skip
 
 

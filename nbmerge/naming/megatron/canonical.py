@@ -31,7 +31,9 @@ _EXPERT_FORMS = (
 _HALF = re.compile(r"^(.*)_([wv])$")
 # The transformer layer of a multi-token-prediction layer was renamed in core 0.17.
 _MTP = re.compile(r"^(mtp\.layers\.\d+)\.mtp_model_layer\.")
-_ATTENTION_PARTS, _MLP_PARTS = {"self_attention", "input_layernorm"}, {"mlp", "pre_mlp_layernorm"}
+# Norms after attention and MLP are slime's for GLM-4 (post_self_attn_, post_mlp_) and mbridge's for Gemma.
+_ATTENTION_PARTS = {"self_attention", "input_layernorm", "post_self_attn_layernorm", "post_attention_layernorm"}
+_MLP_PARTS = {"mlp", "pre_mlp_layernorm", "post_mlp_layernorm", "post_feedforward_layernorm"}
 _FINAL_NORM, _HYBRID_NORM = "decoder.final_layernorm.", "decoder.final_norm."
 
 

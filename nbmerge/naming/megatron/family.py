@@ -34,7 +34,8 @@ class Family:
 
     model_types: as config.json names them; ends: rows outside of the layers; unchanged: prefix in the checkpoint →
     prefix of the published names, for parts that Megatron takes over as they are; proven: whether checkpoints made
-    by Megatron itself were merged with it, bit for bit.
+    by Megatron itself were merged with it, bit for bit; zero_centred: whether norms are published as what is added to
+    1; interleaved: whether rotary embeddings turn neighbouring channels, None where Megatron has no option for it.
     """
 
     name: str
@@ -43,3 +44,5 @@ class Family:
     stacks: tuple[Stack, ...]
     unchanged: Mapping[str, str] = field(default_factory=dict)
     proven: bool = False
+    zero_centred: bool = False
+    interleaved: bool | None = False

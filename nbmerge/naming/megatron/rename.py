@@ -7,7 +7,12 @@ from dataclasses import dataclass, field
 
 from nbmerge import expressions as ex
 from nbmerge.errors import Problem
+from nbmerge.explaining.alike import alike
+from nbmerge.explaining.candidates import Mismatch
+from nbmerge.explaining.diagnosis import Diagnosis, known_of
+from nbmerge.explaining.table import why
 from nbmerge.expressions import Expr
+from nbmerge.geometry import Shape
 from nbmerge.naming.facts import ModelFacts
 from nbmerge.naming.megatron import absences, advice
 from nbmerge.naming.megatron.canonical import Canonical, canonical
@@ -21,7 +26,8 @@ from nbmerge.naming.notes import Trim
 @dataclass
 class Renamed:
     """tensors: by published name; sources: published name → the checkpoint's own name for where it comes from;
-    unloaded: published names that the class knows and does not load; trims: padding that was cut off.
+    unloaded: published names that the class knows and does not load; trims: padding that was cut off; mismatches:
+    tensors that no rule takes or can be applied to; diagnosis: of the config as a whole.
     """
 
     tensors: dict[str, Expr] = field(default_factory=dict)
@@ -30,6 +36,8 @@ class Renamed:
     trims: list[Trim] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
     family: Family | None = None
+    mismatches: list[Mismatch] = field(default_factory=list)
+    diagnosis: Diagnosis | None = None
 
 
 def rename(tensors: Mapping[str, Expr], facts: ModelFacts) -> Renamed:
@@ -39,12 +47,12 @@ def rename(tensors: Mapping[str, Expr], facts: ModelFacts) -> Renamed:
     """
     found = canonical(tensors)
     family = family_of(str(facts.config.get("model_type")))
-    shapes = {name: expr.shape for name, expr in facts.published.items()}
-    shapes |= {name: shapes[kept] for name, kept in facts.tied_on_hub.items() if kept in shapes}
-    sizes = Sizes(facts.config, shapes)
+    sizes = sizes_of(facts)
     if found.unusable:
         return Renamed(problems=list(found.problems))
-    work = Renamed(problems=list(found.problems), family=family)
+    held = {name: expr.shape for name, expr in found.tensors.items()}
+    diagnosis = Diagnosis(facts.class_name, held, sizes.published)
+    work = Renamed(problems=list(found.problems), family=family, diagnosis=diagnosis)
     if family is None:
         work.problems.append(advice.unknown_family(found.tensors, facts, sizes, FAMILIES))
         return work
@@ -52,10 +60,18 @@ def rename(tensors: Mapping[str, Expr], facts: ModelFacts) -> Renamed:
     return work
 
 
+def sizes_of(facts: ModelFacts) -> Sizes:
+    """What rules may ask of the model, tied names included."""
+    shapes = {name: expr.shape for name, expr in facts.published.items()}
+    shapes |= {name: shapes[kept] for name, kept in facts.tied_on_hub.items() if kept in shapes}
+    return Sizes(facts.config, shapes)
+
+
 def apply(family: Family, found: Canonical, sizes: Sizes, work: Renamed) -> None:
     """Puts what the family's rules make into `work`."""
     packed: dict[str, dict[int, Expr]] = {}
     strays: dict[str, str] = {}
+    misfits: dict[str, tuple[Misfit | LookupError, Shape]] = {}  # by source, which may be a stack of layers
     for name, source in found.halves.items():  # told already
         if match := match_of(family, name, sizes):
             work.sources.update(dict.fromkeys(match.names, source))
@@ -68,8 +84,7 @@ def apply(family: Family, found: Canonical, sizes: Sizes, work: Renamed) -> None
         try:
             made = list(match.rule.apply(expr, match.names, sizes, match.expert))
         except (Misfit, LookupError) as error:
-            if (problem := misfit(source, error)) not in work.problems:  # a stacked tensor's layers all have it
-                work.problems.append(problem)
+            misfits.setdefault(source, (error, expr.shape))
             for missing in match.names:  # told already
                 work.sources[missing] = source
             continue
@@ -79,9 +94,26 @@ def apply(family: Family, found: Canonical, sizes: Sizes, work: Renamed) -> None
             else:
                 packed.setdefault(each.name, {})[each.place] = each.expr
                 work.sources[each.name] = source
+    _report_misfits(work, misfits, sizes)
     _put_packed_together(work, packed, sizes)
     _add_copies(family, work)
     work.problems += advice.strays(strays, family)
+    if strays:
+        known = known_of(sizes.config, None, work.diagnosis)
+        work.mismatches += [Mismatch(found.tensors[name].shape, None, source, known) for name, source in strays.items()]
+
+
+def _report_misfits(work: Renamed, misfits: Mapping[str, tuple[Misfit | LookupError, Shape]], sizes: Sizes) -> None:
+    """The problems of tensors that a rule cannot be applied to; those that differ only in numbers together."""
+    known = known_of(sizes.config, None, work.diagnosis if misfits else None)
+    for group in alike(misfits, str, lambda source: str(misfits[source][0])):
+        error, shape = misfits[group[0]]
+        wanted = error.wanted if isinstance(error, Misfit) else None
+        asked = [Mismatch(shape, wanted, source, known) for source in group]
+        work.mismatches += asked
+        of_model = work.diagnosis is not None and bool(work.diagnosis.sentence)  # said of all tensors at once
+        cause = "" if of_model or wanted is None else why(asked[0], "")
+        work.problems.append(misfit(group, error, cause))
 
 
 def _add(work: Renamed, made: Made, source: str, match: Match) -> None:

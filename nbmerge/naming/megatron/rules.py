@@ -7,13 +7,15 @@ stands for an expert's number.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
 
 from nbmerge import expressions as ex
 from nbmerge.errors import Problem
+from nbmerge.explaining.alike import and_more
+from nbmerge.explaining.model_patterns import CONFIG_FIX
 from nbmerge.expressions import Expr
 from nbmerge.geometry import Shape
 
@@ -59,7 +61,14 @@ class Made:
 
 
 class Misfit(ValueError):
-    """A tensor that a rule cannot be applied to: its shape and the config contradict each other."""
+    """A tensor that a rule cannot be applied to: its shape and the config contradict each other.
+
+    wanted: the shape that the config demands, where it is one.
+    """
+
+    def __init__(self, said: str, wanted: Shape | None = None) -> None:
+        super().__init__(said)
+        self.wanted = wanted
 
 
 class Rule(ABC):
@@ -165,7 +174,8 @@ class QKV(Rule):
         if expr.shape[0] != rows:
             raise Misfit(
                 f"has {expr.shape[0]:,} rows; {groups} query groups of {queries} query, one key and one value head "
-                f"of {dim} make {rows:,}"
+                f"of {dim} make {rows:,}",
+                (rows, *rest),
             )
         grouped = ex.reshape(expr, (groups, queries + 2, dim, *rest))
         query = ex.narrow(grouped, 1, 0, each)
@@ -213,24 +223,31 @@ class Halves(Rule):
 class Packed(_Single):
     """A row of a tensor that holds every expert: [experts, ...].
 
-    transposed: published as [in, out] rather than [out, in]; None: as the published shape says, which square
-    matrices leave as they are; interleaved: gate and up rows in turns.
+    transposed: published as [in, out] rather than [out, in]; None: as the published shapes say; beside: the last word
+    of the other projection's published name, whose shape says it where this one is square; interleaved: gate and up
+    rows in turns.
     """
 
     transposed: bool | None = False
     interleaved: bool = False
+    beside: str = ""
 
     def apply(self, expr: Expr, names: tuple[str, ...], sizes: Sizes, expert: int | None) -> Iterator[Made]:
-        transposed = len(expr.shape) > 1 and self._is_transposed(expr.shape, sizes.published.get(names[0]))
+        transposed = len(expr.shape) > 1 and self._is_transposed(expr.shape, names[0], sizes.published)
         if self.interleaved:
             expr = _in_turns(expr, transposed)
         elif transposed:
             expr = _swapped(expr)
         yield Made(names[0], expr, place=expert)
 
-    def _is_transposed(self, shape: Shape, wanted: Shape | None) -> bool:
+    def _is_transposed(self, shape: Shape, name: str, published: Mapping[str, Shape]) -> bool:
+        wanted = published.get(name)
         if self.transposed is not None or wanted is None:
             return bool(self.transposed)
+        if shape == shape[::-1] == wanted[1:]:
+            # [n, n] stands beside [n, n / 2] or [2 * n, n]: either has more rows than columns, unless it is turned.
+            other = published.get(f"{name.rpartition('.')[0]}.{self.beside}", ())
+            return len(other) > 2 and other[1] < other[2]
         return shape != wanted[1:] and shape[::-1] == wanted[1:]
 
 
@@ -274,12 +291,14 @@ def _swapped(expr: Expr) -> Expr:
     return ex.permute(expr, (1, 0, *range(2, len(expr.shape))))
 
 
-def misfit(source: str, error: Misfit | LookupError) -> Problem:
-    """The problem of a tensor that a rule cannot be applied to."""
+def misfit(sources: Sequence[str], error: Misfit | LookupError, why: str = "") -> Problem:
+    """The problem of tensors of one row that a rule cannot be applied to. why: what the shapes say, where they do."""
+    said = str(error) if isinstance(error, Misfit) else f"cannot be cut: {error.args[0]}"
+    generally = "the tensor and config.json are not of one model"
     return Problem(
-        f"{source} {error}" if isinstance(error, Misfit) else f"{source} cannot be cut: {error.args[0]}",
-        where=source,
-        why="the tensor and config.json are not of one model",
-        fix="pass the config that training used: --hf_model_config_path DIR",
+        f"{sources[0]} {said}{and_more(len(sources))}",
+        where=sources[0],
+        why=f"{generally}: {why}" if why else generally,
+        fix=CONFIG_FIX,
         kind="contradiction",
     )

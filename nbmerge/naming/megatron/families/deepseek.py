@@ -15,7 +15,9 @@ from nbmerge.naming.megatron.family import Family
 
 _LAYER = decoder(LATENT_ATTENTION, MLP_NORM, DENSE_MLP, experts(), shared_experts("mlp.shared_experts"), ROUTER_BIAS)
 
-DEEPSEEK_V2 = Family(name="deepseek_v2", model_types=("deepseek_v2",), ends=ends(), stacks=(_LAYER,), proven=True)
+DEEPSEEK_V2 = Family(
+    name="deepseek_v2", model_types=("deepseek_v2",), ends=ends(), stacks=(_LAYER,), proven=True, interleaved=None
+)  # fmt: skip
 
 DEEPSEEK_V3 = Family(
     name="deepseek_v3",
@@ -23,4 +25,5 @@ DEEPSEEK_V3 = Family(
     ends=ends(),
     stacks=(_LAYER, multi_token_prediction(_LAYER.rows)),
     proven=True,
+    interleaved=None,
 )

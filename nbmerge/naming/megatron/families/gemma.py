@@ -18,18 +18,27 @@ _NORMS: Rows = {
 }
 
 GEMMA = Family(
-    name="gemma", model_types=("gemma",), ends=ends(), stacks=(decoder(ATTENTION, MLP_NORM, DENSE_MLP),)
-)  # fmt: skip
+    name="gemma",
+    model_types=("gemma",),
+    ends=ends(),
+    stacks=(decoder(ATTENTION, MLP_NORM, DENSE_MLP),),
+    zero_centred=True,
+)
 
 GEMMA_2 = Family(
-    name="gemma2", model_types=("gemma2",), ends=ends(), stacks=(decoder(ATTENTION, _NORMS, DENSE_MLP),)
-)  # fmt: skip
+    name="gemma2",
+    model_types=("gemma2",),
+    ends=ends(),
+    stacks=(decoder(ATTENTION, _NORMS, DENSE_MLP),),
+    zero_centred=True,
+)
 
 GEMMA_3 = Family(
     name="gemma3",
     model_types=("gemma3_text",),
     ends=ends(),
     stacks=(decoder(ATTENTION, QK_NORM, _NORMS, DENSE_MLP),),
+    zero_centred=True,
 )
 
 _VISION_LAYER: Rows = {
@@ -76,4 +85,5 @@ GEMMA_3_VISION = Family(
         Stack("vision_model.decoder.layers.", "vision_tower.encoder.layers.", _VISION_LAYER),
     ),
     unchanged={"vision_tower.vision_model.": "vision_tower.", "vision_tower.": "vision_tower."},
+    zero_centred=True,
 )

@@ -27,8 +27,12 @@ _FUSED_MLP: Rows = {
 }
 
 GLM_4 = Family(
-    name="glm4", model_types=("glm4",), ends=ends(), stacks=(decoder(ATTENTION, MLP_NORM, _FUSED_MLP),)
-)  # fmt: skip
+    name="glm4",
+    model_types=("glm4",),
+    ends=ends(),
+    stacks=(decoder(ATTENTION, MLP_NORM, _FUSED_MLP),),
+    interleaved=True,  # slime, scripts/models/glm4-9B.sh
+)
 
 _LAYER = decoder(
     ATTENTION, QK_NORM, MLP_NORM, DENSE_MLP, experts(), shared_experts("mlp.shared_experts"), ROUTER_BIAS

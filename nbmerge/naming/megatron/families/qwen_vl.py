@@ -87,8 +87,8 @@ QWEN3_VL = Family(
 # Published in one tensor; versions of transformers differ in whether it is transposed.
 _EXPERTS: Rows = {
     "mlp.router.weight": Copy("mlp.gate.weight"),
-    "mlp.experts.{e}.linear_fc1.weight": Packed("mlp.experts.gate_up_proj", transposed=None),
-    "mlp.experts.{e}.linear_fc2.weight": Packed("mlp.experts.down_proj", transposed=None),
+    "mlp.experts.{e}.linear_fc1.weight": Packed("mlp.experts.gate_up_proj", transposed=None, beside="down_proj"),
+    "mlp.experts.{e}.linear_fc2.weight": Packed("mlp.experts.down_proj", transposed=None, beside="gate_up_proj"),
 }
 
 QWEN3_VL_MOE = Family(

@@ -1,0 +1,148 @@
+"""The statistics of one block of a tensor and of its counterpart: the loop that all of a comparison's time goes to.
+
+A block is looked at in pieces that stay in a processor's cache with all that is made of them. Where few elements
+changed, only those are taken out and looked at; all others cost one comparison and one scalar product.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from nbmerge.comparing.careful import careful
+from nbmerge.comparing.elements import is_integer, widened
+from nbmerge.comparing.integers import integers
+from nbmerge.comparing.tally import Tally, counts, distances
+from nbmerge.dtypes import DType
+from nbmerge.engine.read import Words
+
+PIECE = 2**18  # elements; of fewer, the calls to numpy take longer than what they do
+_SPARSE = 0.5  # of the elements: where fewer changed, taking them out is faster than looking at all
+_ROW = 256  # products that are added in float32
+_NEAR = 1 / 16  # of ‖A‖²: where ‖Δ‖² is less, ‖B‖² and A·B follow from the rest without loss
+_LEAST = 2.0**-90  # a sum of squares below which single squares may have been lost to underflow
+_EXPONENT = np.uint32(24)  # of a float32 that was shifted left by one
+
+_Floats = npt.NDArray[np.float32]
+
+
+class _Unsafe(Exception):
+    """Squares overflow or vanish in float32, or something is not finite: the piece goes the careful way."""
+
+
+def compare(a: Words, b: Words, dtype: DType, tally: Tally) -> None:
+    """Adds to the tally what there is to know of a block and its counterpart, both flat and of one dtype.
+
+    Places in the tally are those in the block. The arrays belong to the kernel, and are left as they were.
+    """
+    with np.errstate(all="ignore"):
+        for start in range(0, len(a), PIECE):
+            _piece(a[start : start + PIECE], b[start : start + PIECE], dtype, tally, start)
+
+
+def dot(x: _Floats, y: _Floats) -> float:
+    """The scalar product: 256 products at a time in float32, and those sums in float64.
+
+    Errs by at most 256 * 2**-24 of the sum of the products' sizes, in whichever order BLAS adds them; in practice, as
+    it adds in many lanes, by some 1e-7. The products of 16-bit floats themselves are exact in float32.
+    """
+    whole = len(x) // _ROW * _ROW
+    total = 0.0
+    if whole:
+        rows = np.matmul(x[:whole].reshape(-1, 1, _ROW), y[:whole].reshape(-1, _ROW, 1))
+        total = float(rows.sum(dtype=np.float64))
+    if whole < len(x):
+        total += float((x[whole:].astype(np.float64) * y[whole:]).sum())
+    return total
+
+
+def _piece(a: Words, b: Words, dtype: DType, tally: Tally, start: int) -> None:
+    unequal = a != b
+    changed = int(np.count_nonzero(unequal))
+    tally.elements += len(a)
+    tally.changed += changed
+    if not dtype.is_floating:
+        if changed and is_integer(dtype):
+            places = np.flatnonzero(unequal)
+            integers(a[places], b[places], dtype, tally, places + start)
+        return
+    if dtype.name == "float64":
+        careful(a, b, dtype, tally, start)
+        return
+    try:
+        if changed < _SPARSE * len(a):
+            _few(a, b, dtype, tally, start, unequal if changed else None)
+        else:
+            _many(a, b, dtype, tally, start, changed)
+    except _Unsafe:
+        careful(a, b, dtype, tally, start)
+
+
+def _few(a: Words, b: Words, dtype: DType, tally: Tally, start: int, unequal: npt.NDArray[np.bool_] | None) -> None:
+    wide = widened(a, dtype)
+    same = _norm2(wide)
+    if unequal is not None:
+        places = np.flatnonzero(unequal)
+        few_a, few_b = a[places], b[places]
+        found = _Moved(few_a, few_b, widened(few_a, dtype), widened(few_b, dtype), dtype)
+        if found.aa * 2 < same:
+            same -= found.aa
+        else:  # what stays may be far smaller than what is taken out
+            rest = wide.copy()
+            rest[places] = 0
+            same = _norm2(rest)
+        found.tell(tally, 0, start + places)
+    tally.add_products(same, same, same, 0.0, 0.0)
+
+
+def _many(a: Words, b: Words, dtype: DType, tally: Tally, start: int, changed: int) -> None:
+    found = _Moved(a, b, widened(a, dtype), widened(b, dtype), dtype)
+    found.tell(tally, len(a) - changed, start)
+
+
+class _Moved:
+    """Elements of which all, or a good part, changed. Raises _Unsafe before anything is told."""
+
+    def __init__(self, a: Words, b: Words, before: _Floats, after: _Floats, dtype: DType) -> None:
+        self._a, self._b, self._dtype = a, b, dtype
+        self._before, self._after = before, after
+        delta = after - before
+        self._products = _products(before, after, delta)
+        self.aa = self._products[0]
+        self._sizes = delta.view(np.uint32) << np.uint32(1)  # as large as |Δ| is, without its sign
+        self._exponents = (self._sizes >> _EXPONENT).astype(np.uint8)
+        self._zeros = len(a) - int(np.count_nonzero(self._sizes))
+        if self._zeros != len(a) - int(np.count_nonzero(self._exponents)):
+            raise _Unsafe("differences below the least normal float32")
+
+    def tell(self, tally: Tally, unchanged: int, places: Any) -> None:
+        """Adds it to the tally. unchanged: how many of the elements did not change; places: theirs, or the first's."""
+        tally.add_products(*self._products)
+        tally.unmoved += self._zeros - unchanged
+        for exponent, count in counts(self._exponents, self._zeros):
+            tally.magnitudes[exponent - 127] += count
+        at = int(self._sizes.argmax())
+        if self._sizes[at]:
+            before, after = self._before[at], self._after[at]
+            place = int(places[at]) if isinstance(places, np.ndarray) else places + at
+            tally.offer(abs(float(after - before)), place, float(before), float(after))
+        distances(self._a, self._b, self._dtype, tally, unchanged)
+
+
+def _products(a: _Floats, b: _Floats, delta: _Floats) -> tuple[float, float, float, float, float]:
+    aa, dd, ad = _norm2(a), _norm2(delta), dot(a, delta)
+    if dd < _NEAR * aa:
+        return aa, aa + 2 * ad + dd, aa + ad, dd, ad
+    return aa, _norm2(b), dot(a, b), dd, ad
+
+
+def _norm2(x: _Floats) -> float:
+    """The sum of squares. Raises _Unsafe where float32 has not held it."""
+    found = dot(x, x)
+    if found < _LEAST and not x.any():
+        return 0.0
+    if not _LEAST <= found < np.inf:
+        raise _Unsafe("squares that float32 does not hold")
+    return found

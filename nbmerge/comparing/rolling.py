@@ -1,0 +1,108 @@
+"""Rolls tensors up: by layer, by kind of module, and into the few parts that a sentence names."""
+
+from __future__ import annotations
+
+import functools
+import math
+import re
+from collections.abc import Callable, Hashable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeVar
+
+from nbmerge.comparing.statistics import Statistics, combined
+from nbmerge.geometry import Shape
+
+if TYPE_CHECKING:
+    from nbmerge.comparing.model_diff import TensorDiff
+
+MATRICES, EMBEDDINGS, NORMS, BIASES, OTHERS = "matrices", "embeddings", "norms", "biases", "other tensors"
+PARTS = (MATRICES, EMBEDDINGS, NORMS, BIASES, OTHERS)
+
+Key = TypeVar("Key", bound=Hashable)
+
+# What the containers of repeated layers are called by the models of transformers, Megatron, and vision towers.
+_LAYER = re.compile(
+    r"^(?P<stack>(?:.+?\.)?(?:layers|layer|h|blocks|block|resblocks))\.(?P<number>\d{1,6})\.(?P<rest>.+)$"
+)
+_LEAF = re.compile(r"(?:^|\.)(weight|bias)$")
+_NUMBERED = re.compile(r"\.\d{1,9}(?=\.|$)")
+_EXPERTS = re.compile(r"^((?:.+\.)?experts)\..*$")
+_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+_NORM = re.compile(r"(^|[._])(\w*norm\w*|ln_?\w*)$", re.IGNORECASE)
+_EMBEDDING = re.compile(
+    r"(^|\.)(embed_tokens|wte|word_embeddings|tok_embeddings|lm_head|embed_out|output_layer)$"
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a tensor belongs. stack: the container of its layer, and layer its number; None outside of layers.
+
+    kind: of module, such as `self_attn.q_proj`, `mlp.experts` for every expert, `norms`; part: one of `PARTS`.
+    """
+
+    stack: str
+    layer: int | None
+    kind: str
+    part: str
+
+
+@functools.lru_cache(maxsize=65536)
+def place_of(name: str, dims: int) -> Place:
+    """The place of a tensor by its name and the number of its dimensions.
+
+    place_of("model.layers.3.mlp.experts.17.up_proj.weight", 2)
+    # Place(stack="model.layers", layer=3, kind="mlp.experts", part="matrices")
+    """
+    found = _LAYER.match(name)
+    rest = found["rest"] if found else name
+    module = _LEAF.sub("", rest) or rest
+    part = _part(name, module, dims)
+    kind = NORMS if part == NORMS else _NUMBERED.sub("", _EXPERTS.sub(r"\1", module))
+    if found is None:
+        return Place("", None, kind.removeprefix("model."), part)
+    return Place(found["stack"], int(found["number"]), kind, part)
+
+
+def _part(name: str, module: str, dims: int) -> str:
+    if dims <= 1 and _NORM.search(module):
+        return NORMS
+    if name.endswith("bias"):
+        return BIASES
+    if _EMBEDDING.search(module):
+        return EMBEDDINGS
+    return MATRICES if dims > 1 else OTHERS
+
+
+def kind_order(kind: str) -> tuple[int, int, str]:
+    """Sorts kinds as a layer computes: attention, then what follows it, then norms; projections as they are used."""
+    last = kind.rpartition(".")[2]
+    stage = 2 if kind == NORMS else 0 if "attn" in kind or "attention" in kind else 1
+    return stage, _PROJECTIONS.index(last) if last in _PROJECTIONS else len(_PROJECTIONS), kind
+
+
+def is_vocabulary(name: str) -> bool:
+    """Whether the rows of the tensor are tokens: an embedding or an output layer, weight or bias."""
+    return bool(_EMBEDDING.search(_LEAF.sub("", name)))
+
+
+def rolled(tensors: Iterable[TensorDiff], key: Callable[[TensorDiff], Key]) -> dict[Key, Statistics]:
+    """The statistics of tensors with the same key together, in the order in which the keys appear."""
+    groups: dict[Key, list[Statistics]] = {}
+    for tensor in tensors:
+        groups.setdefault(key(tensor), []).append(tensor.statistics)
+    return {found: combined(parts) for found, parts in groups.items()}
+
+
+def numel(shape: Shape) -> int:
+    """Elements of a shape."""
+    return math.prod(shape)
+
+
+def main_stack(tensors: Mapping[str, TensorDiff]) -> str:
+    """The container whose layers hold most elements; empty where there are none."""
+    sizes: dict[str, int] = {}
+    for tensor in tensors.values():
+        if tensor.place.layer is not None:
+            sizes[tensor.place.stack] = sizes.get(tensor.place.stack, 0) + tensor.statistics.elements
+    return max(sizes, key=lambda stack: sizes[stack], default="")

@@ -1,0 +1,66 @@
+"""What a user points at, as two models that can be compared, or as the checkpoints of a run."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from nbmerge.errors import NotACheckpointError
+from nbmerge.layout import Checkpoint
+from nbmerge.opening import PathLike
+from nbmerge.weights import Source, Weights, weights_of
+
+_STEP = re.compile(r"(?:global_step|checkpoint|iter|step)[_-](\d+)")
+
+
+def both_weights(a: Source, b: Source, *, progress: bool | None = None, **options: Any) -> tuple[Weights, Weights]:
+    """The tensors of both sources. A checkpoint without a config is opened with the other's.
+
+    options: keywords of `nbmerge.merge` that open and plan a checkpoint. Raises as `weights_of` does.
+    """
+    of_a = weights_of(a, progress=progress, **options)
+    of_b = weights_of(b, progress=progress, **options)
+    return (
+        _with_config(a, of_a, of_b.config_dir, progress, options),
+        _with_config(b, of_b, of_a.config_dir, progress, options),
+    )
+
+
+def _with_config(
+    source: Source, found: Weights, config_dir: Path | None, progress: bool | None, options: dict[str, Any]
+) -> Weights:
+    if found.config_dir is not None or config_dir is None or found.kind != "checkpoint":
+        return found
+    if not isinstance(source, (str, os.PathLike, Checkpoint)):
+        return found
+    return weights_of(source, progress=progress, **{**options, "hf_model_config_path": str(config_dir)})
+
+
+def run_weights(run: PathLike | Iterable[Source], *, progress: bool | None = None, **options: Any) -> Iterator[Weights]:
+    """The models of a run, each when its turn comes: of a run's directory, or of a list in the order of the steps."""
+    for source in run_checkpoints(run) if isinstance(run, (str, os.PathLike)) else run:
+        yield weights_of(source, progress=progress, **options)
+
+
+def run_checkpoints(run: PathLike) -> list[Path]:
+    """The checkpoints of a run's directory in the order of their steps: `global_step_N`, or `actor` in it.
+
+    `checkpoint-N`, `iter_N` and `step_N` count too. Raises NotACheckpointError where there are fewer than two.
+    """
+    directory = Path(os.fspath(run)).expanduser()
+    found: list[tuple[int, Path]] = []
+    for child in directory.iterdir() if directory.is_dir() else ():
+        match = _STEP.fullmatch(child.name)
+        if match and child.is_dir():
+            actor = child / "actor"
+            found.append((int(match[1]), actor if actor.is_dir() else child))
+    if len(found) < 2:
+        raise NotACheckpointError(
+            f"the run has {len(found)} checkpoints named global_step_N",
+            where=str(directory),
+            fix="pass the directory that holds them, or a list of checkpoints in order",
+        )
+    return [path for _, path in sorted(found)]

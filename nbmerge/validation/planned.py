@@ -1,0 +1,125 @@
+"""The plan whose result a directory should be: from its receipt, or the one that would be made now."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from nbmerge.errors import NbmergeError
+from nbmerge.layout import Checkpoint
+from nbmerge.naming.facts import ModelFacts
+from nbmerge.opening import PathLike, open_checkpoint, plan_merge
+from nbmerge.options import OPEN_ONLY, OPEN_OPTIONS, MergeOptions
+from nbmerge.plan import MergePlan
+from nbmerge.validation.findings import WARNING, Finding
+from nbmerge.validation.subject import Subject
+
+# What shapes the result; the rest of a receipt's options is about that run, or is for who validates to say.
+_KEPT = {
+    item.name: bool if isinstance(item.default, bool) else (str, dict) if item.name == "placements" else str
+    for item in fields(MergeOptions)
+    if item.metadata["shapes"] or item.name in ("backend", "hf_model_config_path")
+}
+
+
+@dataclass(frozen=True)
+class Planned:
+    """plan: what a merge of the checkpoint gives; findings: what had to be assumed; said: how it was known."""
+
+    plan: MergePlan
+    findings: tuple[Finding, ...] = ()
+    said: str = ""
+
+
+def plan_of(
+    subject: Subject, checkpoint: PathLike | Checkpoint | MergePlan, given: Mapping[str, Any], progress: bool | None
+) -> Planned:
+    """The plan. given: trust_pickle, trust_remote_code and workers, as who validates has them.
+
+    Raises what opening and planning raise, and PlanError for a plan with problems.
+    """
+    if isinstance(checkpoint, MergePlan):
+        checkpoint.raise_if_problems()
+        return Planned(checkpoint, said="the plan that was passed")
+    options = _options_of(subject)
+    if not isinstance(checkpoint, Checkpoint):
+        opening = {name: value for name, value in options.items() if name in OPEN_OPTIONS}
+        checkpoint = open_checkpoint(checkpoint, progress=progress, **opening, **given)
+    options = {name: value for name, value in options.items() if name not in OPEN_ONLY}
+    if "hf_model_config_path" not in options and checkpoint.config_dir is None:
+        options["hf_model_config_path"] = str(subject.directory)
+    options |= {name: value for name, value in given.items() if name not in OPEN_ONLY}
+    findings: tuple[Finding, ...] = ()
+    said = "merged as its receipt says"
+    if subject.receipt is None:
+        said = "merged with the default options, for want of a receipt"
+        options |= _dialect(subject)
+        assumed = _dtype(subject, plan_merge(checkpoint, **options))
+        if assumed:
+            options["dtype"] = assumed
+            said = f"merged with dtype={assumed}, for want of a receipt"
+            findings = (_unrecorded(assumed),)
+    plan = plan_merge(checkpoint, **options)
+    plan.raise_if_problems()
+    return Planned(plan, findings, said)
+
+
+def _options_of(subject: Subject) -> dict[str, Any]:
+    """The options of the merge that wrote the directory, with the config where it is now. Raises OptionError."""
+    receipt = subject.receipt or {}
+    recorded = receipt.get("options")
+    given = recorded.items() if isinstance(recorded, dict) else ()
+    options: dict[str, Any] = {name: value for name, value in given if isinstance(value, _KEPT.get(name, ()))}
+    path = options.get("hf_model_config_path")
+    if path is not None and not (Path(str(path)).expanduser() / "config.json").is_file():
+        options["hf_model_config_path"] = str(_recorded_config(receipt) or subject.directory)
+    return options
+
+
+def _recorded_config(receipt: Mapping[str, Any]) -> Path | None:
+    """Where the merge found config.json, by its absolute path, if it is there still."""
+    source = receipt.get("source")
+    recorded = source.get("config_dir") if isinstance(source, dict) else None
+    return Path(recorded) if isinstance(recorded, str) and (Path(recorded) / "config.json").is_file() else None
+
+
+def _dialect(subject: Subject) -> dict[str, str]:
+    """The dialect of a directory without a receipt, where its names are those in memory."""
+    facts = subject.facts
+    if not isinstance(facts, ModelFacts):
+        return {}
+    written = {name for name in facts.memory if name not in facts.tied}
+    in_memory, on_hub = (len(subject.entries.keys() & names) for names in (written, facts.published.keys()))
+    return {"dialect": "transformers"} if in_memory > on_hub else {}
+
+
+def _dtype(subject: Subject, plan: MergePlan) -> str | None:
+    """The dtype that another tool cast all floating weights to; None where they are as stored."""
+    written = {entry.dtype for _, entry in subject.entries.values() if entry.dtype.is_floating}
+    if len(written) != 1:
+        return None
+    (dtype,) = written
+    stored = {tensor.expr.dtype for tensor in plan.tensors.values() if tensor.expr.dtype.is_floating}
+    return dtype.name if stored and stored != written else None
+
+
+def _unrecorded(dtype: str) -> Finding:
+    return Finding(
+        "was cast, and nothing says so",
+        "every floating tensor",
+        f"{dtype} here; the checkpoint's are compared after the same cast",
+        why="the tool that wrote the directory leaves no receipt",
+        fix="merge with nbmerge, which keeps the dtype or records the cast",
+        severity=WARNING,
+    )
+
+
+def as_finding(error: NbmergeError, what: str) -> Finding:
+    """An error of the comparison's own making, as a finding."""
+    problems = error.problems
+    more = f" (and {len(problems) - 1:,} more)" if problems[1:] else ""
+    first = problems[0]
+    text = error.problem.what if first == error.problem else f"{error.problem.what}: {first.what}{more}"
+    return Finding(what, "", f"{text} ({first.where})" if first.where else text, why=first.why, fix=first.fix)
