@@ -32,7 +32,7 @@ from nbmerge.errors import (
     UnsupportedCheckpointError,
     VerificationError,
 )
-from nbmerge.explaining.explainer import explain
+from nbmerge.explainer import explain
 from nbmerge.explaining.explanation import Explanation
 from nbmerge.layout import Checkpoint, Chunk, LazyTensor
 from nbmerge.mergers import BaseModelMerger, FSDPModelMerger, MegatronModelMerger, ModelMergerConfig

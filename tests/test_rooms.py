@@ -31,7 +31,10 @@ ENGINE_ROOMS = (
     "nbmerge.loaders", "nbmerge.loaders.fsdp", "nbmerge.naming", "nbmerge.naming.published", "nbmerge.naming.meta",
     "nbmerge.naming.recorder", "nbmerge.engine", "nbmerge.engine.copy", "nbmerge.engine.execute", "nbmerge.engine.read",
     "nbmerge.engine.publish", "nbmerge.engine.safetensors_file", "nbmerge.engine.comparison", "nbmerge.validator",
-    "nbmerge.verification", "nbmerge.merging",
+    "nbmerge.verification", "nbmerge.merging", "nbmerge.opening", "nbmerge.weights", "nbmerge.tracing",
+    "nbmerge.engine.scan", "nbmerge.validation.checks", "nbmerge.validation.value_checks", "nbmerge.validation.report",
+    "nbmerge.comparing.differ", "nbmerge.comparing.running", "nbmerge.comparing.sources",
+    "nbmerge.explaining.table", "nbmerge.explaining.diagnosis", "nbmerge.explainer",
 )  # fmt: skip
 
 

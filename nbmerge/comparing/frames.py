@@ -45,6 +45,7 @@ def tensor_row(tensor: TensorDiff) -> dict[str, Any]:
         "share": found.share,
         "share_rounded": found.share_rounded,
         "relative_l2": found.relative_l2,
+        "update_norm": found.update_norm,
         "cosine": found.cosine,
         "one_minus_cosine": found.one_minus_cosine,
         "largest": found.largest.size if found.largest else 0.0,

@@ -2,6 +2,9 @@
 
 A block is looked at in pieces that stay in a processor's cache with all that is made of them. Where few elements
 changed, only those are taken out and looked at; all others cost one comparison and one scalar product.
+
+Threads help only where numpy lets go of the interpreter's lock: `take(mode="clip")` does and `a[places]` does not,
+`einsum` does and `matmul` of short rows does not, `count_nonzero` does for bytes and not for booleans.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ import numpy.typing as npt
 from nbmerge.comparing.careful import careful
 from nbmerge.comparing.elements import is_integer, widened
 from nbmerge.comparing.integers import integers
-from nbmerge.comparing.tally import Tally, counts, distances
+from nbmerge.comparing.tally import Tally, count_true, counts, distances
 from nbmerge.dtypes import DType
 from nbmerge.engine.read import Words
 
@@ -35,32 +38,34 @@ class _Unsafe(Exception):
 def compare(a: Words, b: Words, dtype: DType, tally: Tally) -> None:
     """Adds to the tally what there is to know of a block and its counterpart, both flat and of one dtype.
 
-    Places in the tally are those in the block. The arrays belong to the kernel, and are left as they were.
+    Places in the tally are those in the block. The arrays are left as they were.
     """
+    few = _Few(dtype, tally)
     with np.errstate(all="ignore"):
         for start in range(0, len(a), PIECE):
-            _piece(a[start : start + PIECE], b[start : start + PIECE], dtype, tally, start)
+            _piece(a[start : start + PIECE], b[start : start + PIECE], dtype, tally, start, few)
+        few.finish()
 
 
 def dot(x: _Floats, y: _Floats) -> float:
     """The scalar product: 256 products at a time in float32, and those sums in float64.
 
-    Errs by at most 256 * 2**-24 of the sum of the products' sizes, in whichever order BLAS adds them; in practice, as
+    Errs by at most 256 * 2**-24 of the sum of the products' sizes, in whichever order numpy adds them; in practice, as
     it adds in many lanes, by some 1e-7. The products of 16-bit floats themselves are exact in float32.
     """
     whole = len(x) // _ROW * _ROW
     total = 0.0
     if whole:
-        rows = np.matmul(x[:whole].reshape(-1, 1, _ROW), y[:whole].reshape(-1, _ROW, 1))
+        rows = np.einsum("ij,ij->i", x[:whole].reshape(-1, _ROW), y[:whole].reshape(-1, _ROW))
         total = float(rows.sum(dtype=np.float64))
     if whole < len(x):
         total += float((x[whole:].astype(np.float64) * y[whole:]).sum())
     return total
 
 
-def _piece(a: Words, b: Words, dtype: DType, tally: Tally, start: int) -> None:
+def _piece(a: Words, b: Words, dtype: DType, tally: Tally, start: int, few: _Few) -> None:
     unequal = a != b
-    changed = int(np.count_nonzero(unequal))
+    changed = count_true(unequal)
     tally.elements += len(a)
     tally.changed += changed
     if not dtype.is_floating:
@@ -73,33 +78,67 @@ def _piece(a: Words, b: Words, dtype: DType, tally: Tally, start: int) -> None:
         return
     try:
         if changed < _SPARSE * len(a):
-            _few(a, b, dtype, tally, start, unequal if changed else None)
+            few.take(a, b, start, unequal if changed else None)
         else:
-            _many(a, b, dtype, tally, start, changed)
+            found = _Moved(a, b, widened(a, dtype), widened(b, dtype), dtype)
+            found.tell(tally, len(a) - changed, start)
     except _Unsafe:
         careful(a, b, dtype, tally, start)
 
 
-def _few(a: Words, b: Words, dtype: DType, tally: Tally, start: int, unequal: npt.NDArray[np.bool_] | None) -> None:
-    wide = widened(a, dtype)
-    same = _norm2(wide)
-    if unequal is not None:
+class _Few:
+    """The changed elements of pieces of which most did not change, until they are enough to be looked at together.
+
+    Of short arrays, threads would spend more time on handing over the interpreter's lock than on the elements.
+    """
+
+    def __init__(self, dtype: DType, tally: Tally) -> None:
+        self._dtype, self._tally = dtype, tally
+        self._clear()
+
+    def _clear(self) -> None:
+        self._pieces: list[tuple[int, Words, Words, npt.NDArray[np.intp]]] = []
+        self._taken: list[tuple[Words, Words]] = []
+        self._square, self._count = 0.0, 0
+
+    def take(self, a: Words, b: Words, start: int, unequal: npt.NDArray[np.bool_] | None) -> None:
+        """Takes the changed elements of a piece, and the sum of all squares. Raises _Unsafe and takes nothing."""
+        square = _norm2(widened(a, self._dtype))
+        if unequal is None:
+            self._tally.add_products(square, square, square, 0.0, 0.0)
+            return
         places = np.flatnonzero(unequal)
-        few_a, few_b = a[places], b[places]
-        found = _Moved(few_a, few_b, widened(few_a, dtype), widened(few_b, dtype), dtype)
-        if found.aa * 2 < same:
-            same -= found.aa
-        else:  # what stays may be far smaller than what is taken out
-            rest = wide.copy()
+        self._square += square
+        self._count += len(places)
+        self._pieces.append((start, a, b, places))
+        self._taken.append((a.take(places, mode="clip"), b.take(places, mode="clip")))
+        if self._count >= PIECE:
+            self.finish()
+
+    def finish(self) -> None:
+        """Looks at what was taken."""
+        if not self._pieces:
+            return
+        a, b = (np.concatenate(parts) for parts in zip(*self._taken, strict=True))
+        try:
+            found = _Moved(a, b, widened(a, self._dtype), widened(b, self._dtype), self._dtype)
+            # What did not change may be far smaller than what did: only then is it summed by itself.
+            same = self._square - found.aa if 2 * found.aa < self._square else self._unchanged_square()
+        except _Unsafe:
+            for start, piece_a, piece_b, _ in self._pieces:
+                careful(piece_a, piece_b, self._dtype, self._tally, start)
+        else:
+            found.tell(self._tally, 0, np.concatenate([start + places for start, _, _, places in self._pieces]))
+            self._tally.add_products(same, same, same, 0.0, 0.0)
+        self._clear()
+
+    def _unchanged_square(self) -> float:
+        total = 0.0
+        for _, a, _, places in self._pieces:
+            rest = widened(a, self._dtype).copy()
             rest[places] = 0
-            same = _norm2(rest)
-        found.tell(tally, 0, start + places)
-    tally.add_products(same, same, same, 0.0, 0.0)
-
-
-def _many(a: Words, b: Words, dtype: DType, tally: Tally, start: int, changed: int) -> None:
-    found = _Moved(a, b, widened(a, dtype), widened(b, dtype), dtype)
-    found.tell(tally, len(a) - changed, start)
+            total += _norm2(rest)
+        return total
 
 
 class _Moved:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import functools
-import math
 import re
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
 from nbmerge.comparing.statistics import Statistics, combined
-from nbmerge.geometry import Shape
 
 if TYPE_CHECKING:
     from nbmerge.comparing.model_diff import TensorDiff
@@ -92,11 +90,6 @@ def rolled(tensors: Iterable[TensorDiff], key: Callable[[TensorDiff], Key]) -> d
     for tensor in tensors:
         groups.setdefault(key(tensor), []).append(tensor.statistics)
     return {found: combined(parts) for found, parts in groups.items()}
-
-
-def numel(shape: Shape) -> int:
-    """Elements of a shape."""
-    return math.prod(shape)
 
 
 def main_stack(tensors: Mapping[str, TensorDiff]) -> str:

@@ -136,9 +136,6 @@ class Statistics:
         return sine2 / (1 + math.sqrt(max(1 - sine2, 0.0)))
 
 
-NOTHING = Statistics()
-
-
 def combined(parts: Iterable[Statistics]) -> Statistics:
     """The statistics of several tensors together, as if they were one. `largest` then is in one of them."""
     every = list(parts)

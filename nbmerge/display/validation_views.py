@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from nbmerge.display import words
 from nbmerge.display.model import ATTENTION, PROBLEM, Alert, Cell, Column, Fact, Section, Table, View
@@ -29,7 +29,7 @@ def validation_view(report: ValidationReport) -> View:
         sentence=f"{words.elide(str(report.directory))} is {report.sentence}",
         alerts=tuple(alerts),
         facts=tuple(_facts(report)),
-        sections=(_checks_section(report.results),),
+        sections=(_checks_section(report.results), _titles_section([(one.name, one.title) for one in report.results])),
         code_title="Next",
         code=tuple(_next_lines(report)),
     )
@@ -41,13 +41,11 @@ def validator_view(validator: Validator) -> View:
         return validation_view(validator.report)
     wanted = validator.options.checks
     chosen = [(name, title) for name, title in validator.checks() if not wanted or name in wanted]
-    rows = tuple((Cell(name), Cell(title)) for name, title in chosen)
-    table = Table((Column("check", code=True), Column("what it proves")), rows)
     return View(
         title="Validator",
         sentence=f"will run {plural(len(chosen), 'check')} on {words.elide(str(validator.directory))}",
         facts=(Fact("directory", words.elide(str(validator.directory), 2 * words.NAME_LIMIT), code=True),),
-        sections=(Section("Checks", plural(len(chosen), "check"), tables=(table,), opened=True),),
+        sections=(_titles_section(chosen, opened=True),),
         code_title="Next",
         code=("report = validator.validate()",),
     )
@@ -86,12 +84,11 @@ def _facts(report: ValidationReport) -> Iterator[Fact]:
 
 
 def _checks_section(results: tuple[CheckResult, ...]) -> Section:
-    columns = (Column("check", code=True), Column("result"), Column("proves"), Column("looked at"))
+    columns = (Column("check", code=True), Column("result"), Column("looked at"))
     rows = tuple(
         (
             Cell(result.name),
             Cell(_status(result)),
-            Cell(result.title),
             Cell(words.elide(result.outcome.said, words.PROSE_LIMIT)),
         )
         for result in results
@@ -99,6 +96,12 @@ def _checks_section(results: tuple[CheckResult, ...]) -> Section:
     counts = [f"{sum(result.status == status for result in results)} {status}" for status in _MARKS]
     summary = ", ".join(count for count in counts if not count.startswith("0 "))
     return Section("Checks", summary, tables=(Table(columns, rows),), opened=True)
+
+
+def _titles_section(titles: Sequence[tuple[str, str]], *, opened: bool = False) -> Section:
+    rows = tuple((Cell(name), Cell(title)) for name, title in titles)
+    table = Table((Column("check", code=True), Column("proves")), rows)
+    return Section("What each check proves", plural(len(rows), "check"), tables=(table,), opened=opened)
 
 
 def _status(result: CheckResult) -> str:

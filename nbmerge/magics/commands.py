@@ -10,7 +10,7 @@ from typing import Any
 from nbmerge import api
 from nbmerge.arguments import HelpRequested, Parser, UsageError, add_options, given_options
 from nbmerge.errors import OptionError
-from nbmerge.explaining.explainer import explain
+from nbmerge.explainer import explain
 from nbmerge.layout import Checkpoint
 from nbmerge.magics.line import Line, split_line
 from nbmerge.opening import open_checkpoint

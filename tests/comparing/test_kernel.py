@@ -172,6 +172,7 @@ def test_opposite_tensors_have_cosine_minus_one() -> None:
     found = measured(a, -a)
     assert (found.flips, found.relative_l2) == (500, pytest.approx(2.0))
     assert found.cosine == pytest.approx(-1.0)
+    assert found.update_norm == pytest.approx(2 * float(a.double().norm()), rel=1e-6)
 
 
 @settings(deadline=None)

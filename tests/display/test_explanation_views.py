@@ -13,8 +13,8 @@ from nbmerge.display.text import render_text
 from nbmerge.display.views import view_of
 from nbmerge.dtypes import BY_NAME
 from nbmerge.errors import Problem
+from nbmerge.explainer import explain
 from nbmerge.explaining.candidates import Known, Mismatch
-from nbmerge.explaining.explainer import explain
 from nbmerge.explaining.explanation import Explanation
 from nbmerge.explaining.subjects import subjects_of
 from nbmerge.geometry import Box

@@ -9,8 +9,8 @@ import torch
 
 import nbmerge
 from nbmerge.errors import ConfigError, NotACheckpointError, OptionError, PlanError
+from nbmerge.explainer import explain, parse_dims
 from nbmerge.explaining.candidates import Strength
-from nbmerge.explaining.explainer import explain, parse_dims
 from nbmerge.explaining.explanation import Explanation
 from tests.support.megatron_models import megatron_state, write_megatron
 from tests.support.messages import assert_says, refusal

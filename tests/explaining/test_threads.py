@@ -9,8 +9,8 @@ import torch
 
 import nbmerge
 from nbmerge.errors import IncompleteCheckpointError, InconsistentCheckpointError
+from nbmerge.explainer import explain
 from nbmerge.explaining.candidates import Known, Mismatch, Strength
-from nbmerge.explaining.explainer import explain
 from nbmerge.explaining.table import candidates
 from tests.explaining.questions import causes, first_ones
 from tests.support.messages import assert_says, refusal
