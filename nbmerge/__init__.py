@@ -3,7 +3,10 @@
     import nbmerge
     ckpt = nbmerge.open_checkpoint("global_step_100/actor")   # how is it sharded?
     plan = nbmerge.plan_merge(ckpt)                           # what would be written?
-    report = nbmerge.merge(plan, "merged")                    # write it, and prove it
+    report = nbmerge.merge(plan, "merged")                    # write it
+    nbmerge.validate(report).raise_if_failed()                # prove it, every element against the shards
+    nbmerge.diff("Qwen3-8B", ckpt)                            # what did training change, and where?
+    nbmerge.explain(error)                                    # why do the shapes not match?
 
 Importing this costs no torch, transformers or matplotlib.
 """
@@ -13,6 +16,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from nbmerge.api import diff, merge, trajectory, validate
+from nbmerge.comparing.model_diff import ModelDiff, TensorDiff
+from nbmerge.comparing.trajectory import Trajectory
 from nbmerge.errors import (
     AmbiguousCheckpointError,
     CheckpointError,
@@ -65,6 +70,7 @@ __all__ = [
     "MegatronModelMerger",
     "MergePlan",
     "MergeReport",
+    "ModelDiff",
     "ModelMergerConfig",
     "NbmergeError",
     "NotACheckpointError",
@@ -74,6 +80,8 @@ __all__ = [
     "Problem",
     "SpaceError",
     "TargetError",
+    "TensorDiff",
+    "Trajectory",
     "UnsafePickleError",
     "UnsupportedCheckpointError",
     "ValidationReport",

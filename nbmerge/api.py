@@ -94,9 +94,9 @@ def carry_out(
 def validate(
     model_dir: PathLike | MergeReport,
     *,
-    checkpoint: Checkpoint | MergePlan | PathLike | None = None,
+    checkpoint: Checkpoint | MergePlan | MergeReport | PathLike | None = None,
     reference: Source | None = None,
-    checks: Sequence[str] = (),
+    checks: str | Sequence[str] = (),
     sample: float = 1.0,
     atol: float = 1e-6,
     rtol: float = 1e-6,
@@ -121,7 +121,7 @@ def validate(
     from nbmerge.validator import Validator
 
     validator = Validator(
-        model_dir, checkpoint, reference, checks=tuple(checks), sample=sample, atol=atol, rtol=rtol, no_run=no_run,
+        model_dir, checkpoint, reference, checks=checks, sample=sample, atol=atol, rtol=rtol, no_run=no_run,
         trust_remote_code=trust_remote_code, trust_pickle=trust_pickle, workers=workers,
     )  # fmt: skip
     return validator.validate(progress=progress)

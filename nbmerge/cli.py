@@ -12,7 +12,7 @@ from typing import Any
 
 from nbmerge.arguments import HelpRequested, Parser, add_options, given_options
 from nbmerge.errors import NbmergeError, OptionError, one_line, plural, summarise
-from nbmerge.options import OPEN_OPTIONS, DiffOptions, MergeOptions, ValidateOptions
+from nbmerge.options import OPEN_OPTIONS, DiffOptions, ExplainOptions, MergeOptions, ValidateOptions
 
 OK, PROBLEM, USAGE, INTERRUPTED = 0, 1, 2, 130
 _PROGRAM = "python -m nbmerge"
@@ -44,7 +44,8 @@ def main(words: Sequence[str] | None = None) -> int:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return PROBLEM
     except KeyboardInterrupt:
-        print("interrupted; run the same command again to take up where it stopped", file=sys.stderr)
+        resumes = "; run the same command again to take up where it stopped" if words[0] == "merge" else ""
+        print(f"interrupted{resumes}", file=sys.stderr)
         return INTERRUPTED
     except OSError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
@@ -127,6 +128,15 @@ def _diff(options: argparse.Namespace) -> int:
     return PROBLEM if found.frozen_moved else OK
 
 
+def _explain(options: argparse.Namespace) -> int:
+    """1 where something does not fit, or cannot be read."""
+    import nbmerge
+
+    found = nbmerge.explain(options.subject, options.name, **given_options(options, ExplainOptions))
+    print(found)
+    return OK if found.fits else PROBLEM
+
+
 def _demo(options: argparse.Namespace) -> int:
     from nbmerge.demo import run
 
@@ -165,9 +175,17 @@ def _commands() -> dict[str, _Command]:
     diff.parser.add_argument("a", metavar="A", help="the model before: a directory, or a checkpoint")
     diff.parser.add_argument("b", metavar="B", help="the model after, likewise")
     add_options(diff.parser, DiffOptions)
+    explain = _Command(
+        "explain", "say why tensors do not fit a model: a checkpoint, an error's text, or shapes", _explain
+    )
+    explain.parser.add_argument(
+        "subject", metavar="PATH", nargs="?", help="a checkpoint's directory, or an error's text"
+    )
+    explain.parser.add_argument("name", metavar="NAME", nargs="?", help="the one tensor that is asked about")
+    add_options(explain.parser, ExplainOptions)
     demo = _Command("demo", "make a small real FSDP checkpoint, merge it, and prove the result", _demo)
     demo.parser.add_argument("--dir", metavar="DIR", help="keep checkpoint and result in this new directory")
-    return {"merge": merge, "validate": validate, "test": test, "diff": diff, "demo": demo}
+    return {"merge": merge, "validate": validate, "test": test, "diff": diff, "explain": explain, "demo": demo}
 
 
 _COMMANDS = _commands()

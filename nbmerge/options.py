@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -122,12 +123,14 @@ class ValidateOptions:
     trust_pickle: bool = _option(False, "let the checkpoint's pickles run any code; only for files that you wrote")
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "checks", _words("checks", self.checks))
         _share(self.sample)
         for name in ("atol", "rtol"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise OptionError(f"{name}={getattr(self, name)!r}", fix="a number from 0 on, e.g. 1e-6")
-        if self.workers is not None and self.workers < 1:
-            raise OptionError(f"workers={self.workers}", fix="a number from 1 on")
+            value = getattr(self, name)
+            if not _is_number(value) or not 0 <= value < float("inf"):
+                raise OptionError(f"{name}={value!r}", fix="a number from 0 on, e.g. 1e-6")
+        if self.workers is not None and (not _is_whole(self.workers) or self.workers < 1):
+            raise OptionError(f"workers={self.workers!r}", fix="a whole number from 1 on")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,8 +171,26 @@ class ExplainOptions:
 
 
 def _share(sample: float) -> None:
-    if not 0 < sample <= 1:
+    if not _is_number(sample) or not 0 < sample <= 1:
         raise OptionError(f"sample={sample!r}", fix="a share above 0, up to 1 for all, e.g. 0.01")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def _words(name: str, value: object) -> tuple[str, ...]:
+    """A tuple of names; one word is one name, None is none. Raises OptionError."""
+    if isinstance(value, str):
+        return (value,)
+    words = tuple(value) if isinstance(value, Iterable) else () if value is None else (value,)
+    if not all(isinstance(word, str) for word in words):
+        raise OptionError(f"{name}={value!r}", fix=f"a list of names, e.g. {name}=['source', 'health']")
+    return words
 
 
 def _floating(text: str) -> None:

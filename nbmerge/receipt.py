@@ -8,17 +8,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from nbmerge.plan import Drift, MergePlan, OutputFile
+from nbmerge.plan import Drift, MergePlan, OutputFile, SideFile
 
 RECEIPT_NAME = "nbmerge_receipt.json"
-_SCHEMA = 1
+SCHEMA = 1  # changes when a reader of the old form would misread the new one
 _CHUNK = 2**20
 
 
 def receipt(plan: MergePlan, digests: Mapping[str, str], drift: Sequence[Drift]) -> dict[str, Any]:
     """The receipt of a plan that was carried out. digests: sha256 by file name, or empty; drift: copies that differ."""
     return {
-        "schema": _SCHEMA,
+        "schema": SCHEMA,
         "plan_digest": plan.digest,
         "versions": dict(plan.versions),
         "source": _source(plan),
@@ -33,6 +33,7 @@ def receipt(plan: MergePlan, digests: Mapping[str, str], drift: Sequence[Drift])
         "files": [_file(file, digests) for file in plan.files],
         "left_out": list(plan.left_out),
         "side_files": [file.name for file in plan.side_files],
+        "side_digests": [entry for file in plan.side_files if (entry := _side_file(file))],
         "total_size": plan.data_bytes,
     }
 
@@ -71,6 +72,22 @@ def _changes(plan: MergePlan) -> dict[str, Any]:
 def _file(file: OutputFile, digests: Mapping[str, str]) -> dict[str, Any]:
     entry: dict[str, Any] = {"name": file.name, "bytes": file.size, "tensors": len(file.tensors)}
     return {**entry, "sha256": digests[file.name]} if file.name in digests else entry
+
+
+def _side_file(file: SideFile) -> dict[str, Any]:
+    """Size and sha256 of a small file as it was written; empty for one whose source changed since it was copied."""
+    if file.content is not None:
+        digest = hashlib.sha256(file.content).hexdigest()
+    elif file.source is None:
+        return {}
+    else:
+        try:
+            digest = sha256_of(file.source.path)
+        except OSError:
+            return {}
+        if file.source.has_changed():
+            return {}
+    return {"name": file.name, "bytes": file.size, "sha256": digest}
 
 
 def _plain(options: Mapping[str, object]) -> dict[str, object]:

@@ -5,18 +5,18 @@ from __future__ import annotations
 import difflib
 import operator
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from nbmerge.dtypes import DType
-from nbmerge.errors import OptionError, listing
+from nbmerge.errors import OptionError, listing, plural
 from nbmerge.expressions import Cast, Compute, Expr, Fill, Paste, Permute, Reshape, Slice, Stored
 from nbmerge.geometry import Box, Shape, ravel, unravel
 from nbmerge.layout import Checkpoint, Chunk, LazyTensor
-from nbmerge.opening import PathLike, open_checkpoint, plan_merge
-from nbmerge.options import OPEN_OPTIONS
+from nbmerge.opening import PathLike, merge_options, open_checkpoint, plan_merge
+from nbmerge.options import OPEN_ONLY, OPEN_OPTIONS
 from nbmerge.plan import MergePlan
 from nbmerge.report import MergeReport
 from nbmerge.shown import Displayed
@@ -87,37 +87,51 @@ def where(
         at = nbmerge.where("global_step_100/actor", "model.norm.weight", 7)
         at.file, at.offset, at.rank                # (…/model_world_size_8_rank_0.pt, 4352, 0)
 
-    name: the checkpoint's own, or, where a config is there, the name that a merge gives it. index: a tuple with a
+    name: the checkpoint's own, or, where a config is there, the name that a merge gives it; of a plan, or with
+    an option that changes what a merge writes (`dtype=`), what is written under it comes first. index: a tuple with a
     number for each dimension, or one number that counts row by row; negative ones count from the end. options: the
     keywords of `nbmerge.merge` that open and plan a checkpoint.
 
-    Raises OptionError for a name or an index that is not there, and what `open_checkpoint` raises.
+    Raises OptionError for a name, an index or an option that is not there, and what `open_checkpoint` raises.
     """
-    opened, plan = _opened(checkpoint, options, progress)
-    if name in opened.tensors:
-        return locate(opened, name, opened.tensors[name].expr, index)
-    if plan is None and (opened.config_dir is not None or options.get("hf_model_config_path")):
-        late = {key: value for key, value in options.items() if key not in OPEN_OPTIONS or key == _CONFIG}
-        plan = plan_merge(opened, progress=progress, **late)
+    check_name(name)
+    given = merge_options(options).given()
+    opened, plan = _opened(checkpoint, options, given, progress)
+    planning = {key: value for key, value in options.items() if key not in OPEN_ONLY}
+    changing = given.keys() - set(OPEN_OPTIONS)  # what a merge with these options changes, the checkpoint's own has not
+    has_config = opened.config_dir is not None or "hf_model_config_path" in given
+    if plan is None and (changing or (name not in opened.tensors and has_config)):
+        plan = plan_merge(opened, progress=progress, **planning)
     outputs = {} if plan is None else {each: tensor.expr for each, tensor in plan.tensors.items()}
     tied = {} if plan is None else {tie.name: tie.kept for tie in plan.ties}
     if name in outputs:
         return locate(opened, name, outputs[name], index)
+    if name in opened.tensors:
+        return locate(opened, name, opened.tensors[name].expr, index)
     if tied.get(name) in outputs:
         found = locate(opened, name, outputs[tied[name]], index)
         return replace(found, steps=(f"tied to {tied[name]}, which is the one that is written", *found.steps))
     raise unknown_name(name, [*opened.tensors, *outputs])
 
 
-_CONFIG = "hf_model_config_path"
+def check_name(name: object) -> None:
+    """Raises OptionError for what is no name of a tensor; None is left to the caller."""
+    if name is not None and not isinstance(name, str):
+        raise OptionError(f"name={name!r} is no name", fix="the name of a tensor as text, e.g. 'model.norm.weight'")
 
 
-def _opened(source: Any, options: dict[str, Any], progress: bool | None) -> tuple[Checkpoint, MergePlan | None]:
+def _opened(
+    source: Any, options: Mapping[str, Any], given: Mapping[str, Any], progress: bool | None
+) -> tuple[Checkpoint, MergePlan | None]:
     if isinstance(source, MergeReport):
         source = source.plan
     if isinstance(source, MergePlan):
+        if given:
+            raise OptionError(f"{', '.join(given)} cannot change a plan", fix="pass the checkpoint instead")
         return source.checkpoint, source
     if isinstance(source, Checkpoint):
+        if late := [key for key in given if key in OPEN_ONLY]:
+            raise OptionError(f"{', '.join(late)} cannot change an opened checkpoint", fix="pass it to open_checkpoint")
         return source, None
     if not isinstance(source, (str, os.PathLike)):
         raise OptionError(
@@ -163,8 +177,8 @@ def checked_index(index: Index, shape: Shape, name: str) -> Shape:
         given, sizes, is_flat = _as_tuple(index), shape, False
     if len(given) != len(sizes):
         raise OptionError(
-            f"index {list(given)} has {len(given)} numbers; {name} has shape {list(shape)}",
-            fix=f"give {len(shape)} numbers, or one that counts row by row",
+            f"index {list(given)} has {plural(len(given), 'number')}; {name} has shape {list(shape)}",
+            fix=_index_words(shape),
         )
     if any(not -size <= i < size for i, size in zip(given, sizes, strict=True)):
         raise OptionError(
@@ -175,6 +189,14 @@ def checked_index(index: Index, shape: Shape, name: str) -> Shape:
         )
     at = tuple(i + size if i < 0 else i for i, size in zip(given, sizes, strict=True))
     return unravel(at[0], shape) if is_flat else at
+
+
+def _index_words(shape: Shape) -> str:
+    """What an index is for a tensor of the shape."""
+    if not shape:
+        return "give (), for a tensor without dimensions"
+    rows = ", or one that counts row by row" if shape[1:] else ""
+    return f"give {plural(len(shape), 'number')}{rows}"
 
 
 def _as_tuple(index: Any) -> Shape:

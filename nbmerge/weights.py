@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -73,8 +75,38 @@ def weights_of(source: Source, *, progress: bool | None = None, **options: Any) 
 
 
 def is_model_directory(path: Path) -> bool:
-    """Whether the directory holds safetensors files, as Hugging Face models do."""
-    return path.is_dir() and any(path.glob("*.safetensors"))
+    """Whether the directory holds whole tensors in safetensors files, as Hugging Face models do."""
+    files = sorted(path.glob("*.safetensors")) if path.is_dir() else []
+    return bool(files) and not any(is_shard_of_ranks(file) for file in files)
+
+
+_SHARD = re.compile(r"shard-\d+-.*\.safetensors")
+_SHARDED = "DCP_SHARDING_INFO"  # torch.distributed.checkpoint._hf_utils.CUSTOM_METADATA_KEY
+_BEGINNING = 2**16  # bytes; safetensors writes the metadata first
+
+
+def is_shard_of_ranks(file: Path) -> bool:
+    """Whether a safetensors file holds one rank's pieces of tensors.
+
+    torch.distributed.checkpoint's HuggingFaceStorageWriter writes `shard-00001-model-00001-of-00002.safetensors`, with
+    the offsets of the pieces in the header. Where it saves whole tensors, their names are a model's and all offsets 0.
+    A file that cannot be read is left to whoever reads it.
+    """
+    if _SHARD.fullmatch(file.name):
+        return True
+    try:
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            if length > _LONGEST_HEADER or _SHARDED.encode() not in (begin := stream.read(min(length, _BEGINNING))):
+                return False
+            metadata = json.loads(begin + stream.read(length - len(begin)))["__metadata__"]
+            pieces = json.loads(metadata[_SHARDED]).values()
+            return any(any(piece["saved_offsets"]) for piece in pieces)
+    except (OSError, ValueError, AttributeError, KeyError, TypeError, RecursionError):
+        return False
+
+
+_LONGEST_HEADER = 100_000_000  # bytes; the limit of the safetensors library
 
 
 def _of_directory(path: Path) -> Weights:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -10,6 +13,10 @@ from hypothesis import HealthCheck, settings
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here may reach for the network
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Where transformers keeps copies of a model's own code: not in the home directory, and one for all tests of a process,
+# as the first one that is imported from stays Python's package `transformers_modules`.
+os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="nbmerge-modules-")
+atexit.register(shutil.rmtree, os.environ["HF_MODULES_CACHE"], ignore_errors=True)
 
 _QUIET = (HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.function_scoped_fixture)
 settings.register_profile("quick", max_examples=60, deadline=None, suppress_health_check=_QUIET, print_blob=True)

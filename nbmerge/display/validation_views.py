@@ -21,7 +21,8 @@ def validation_view(report: ValidationReport) -> View:
     """Errors and warnings first, each kind once; then a row for every check."""
     groups = [(result, group) for result in report.results for group in report.groups(result)]
     groups.sort(key=lambda pair: pair[1].first.severity != ERROR)
-    alerts = [_alert(result, group) for result, group in groups[:_ALERTS]]
+    alerts = [_unproved(result) for result in report.unproved]
+    alerts += [_alert(result, group) for result, group in groups[:_ALERTS]]
     if len(groups) > _ALERTS:
         alerts.append(Alert(ATTENTION, f"{len(groups) - _ALERTS:,} more kinds of findings; all are in .findings"))
     return View(
@@ -49,6 +50,11 @@ def validator_view(validator: Validator) -> View:
         code_title="Next",
         code=("report = validator.validate()",),
     )
+
+
+def _unproved(result: CheckResult) -> Alert:
+    said = words.elide(result.outcome.said, 2 * words.PROSE_LIMIT)
+    return Alert(PROBLEM, f"{words.elide(result.name)}: was asked for, and could not be run", (("why", said),))
 
 
 def _alert(result: CheckResult, group: FindingGroup) -> Alert:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
+from functools import cached_property
 from math import prod
-from typing import Any
+from typing import Any, TypeVar
 
 from nbmerge.errors import listing
 from nbmerge.geometry import Shape
@@ -26,6 +27,10 @@ class Strength(IntEnum):
 
     def __str__(self) -> str:
         return {self.WEAK: "possible", self.FAIR: "likely", self.STRONG: "strong"}[self]
+
+
+_Made = TypeVar("_Made")
+Key = Callable[[str], str | None]  # of a name, what it shares with its partners
 
 
 @dataclass(frozen=True)
@@ -57,6 +62,40 @@ class Known:
                     return value
         return None
 
+    @cached_property
+    def only_held(self) -> Mapping[str, Shape]:
+        """What the checkpoint has and the model has not."""
+        return {name: shape for name, shape in self.held.items() if name not in self.wanted}
+
+    @cached_property
+    def only_wanted(self) -> Mapping[str, Shape]:
+        """What the model has and the checkpoint has not."""
+        return {name: shape for name, shape in self.wanted.items() if name not in self.held}
+
+    @cached_property
+    def _made(self) -> dict[object, Any]:
+        return {}
+
+    def once(self, make: Callable[[Known], _Made]) -> _Made:
+        """What a function of a module makes of all names, made once for all questions that share this."""
+        if make not in self._made:
+            self._made[make] = make(self)
+        made: _Made = self._made[make]
+        return made
+
+    def alone(self, key: Key, *, held: bool) -> Mapping[str, list[str]]:
+        """The names that only the checkpoint has (held), or only the model, by their key. Made once for all questions.
+
+        key: a function of its own, not one that is made for each question; None leaves a name out.
+        """
+        table: dict[str, list[str]] | None = self._made.get((held, key))
+        if table is None:
+            table = self._made[held, key] = {}
+            for name in self.only_held if held else self.only_wanted:
+                if (found := key(name)) is not None:
+                    table.setdefault(found, []).append(name)
+        return table
+
 
 @dataclass(frozen=True)
 class Mismatch:
@@ -70,6 +109,11 @@ class Mismatch:
     expected: Shape | None
     name: str = ""
     known: Known = field(default_factory=Known)
+
+    @property
+    def is_one_sided(self) -> bool:
+        """Whether only one side has the tensor."""
+        return (self.got is None) != (self.expected is None)
 
     @property
     def shapes(self) -> tuple[Shape, Shape] | None:

@@ -86,7 +86,7 @@ class Explanation(Displayed):
 
     asked: what was explained, in words; subjects: the tensors, those that differ in shape first; diagnosis: what is
     wrong with the config as a whole, where something is; ranks: how many wrote the checkpoint, where known; problems:
-    what else is wrong, which is not about shapes or names; checked: how many tensors were looked at.
+    what else is wrong, which no pattern reads; checked: how many tensors were looked at.
     """
 
     asked: str
@@ -101,6 +101,11 @@ class Explanation(Displayed):
         """The strongest candidate of all subjects; the first where several are equally strong."""
         found = [subject.best for subject in self.subjects if subject.best is not None]
         return max(found, key=lambda candidate: candidate.strength, default=None)
+
+    @property
+    def fits(self) -> bool:
+        """Whether something was looked at, all of it fits, and nothing else is wrong."""
+        return not (self.mismatches or self.problems or self.diagnosis) and (self.checked > 0 or bool(self.subjects))
 
     @property
     def is_ambiguous(self) -> bool:
@@ -124,11 +129,19 @@ class Explanation(Displayed):
             return self._nothing_wrong()
         first = wrong[0].sentence
         others = sum(max(len(subject.names), 1) for subject in wrong[1:])
-        return first + (f"; {plural(others, 'other tensor')} below" if others else "")
+        more = f"; {plural(others, 'other tensor')} below" if others else ""
+        more += f"; {plural(len(self.problems), 'problem')} beside the shapes" if self.problems else ""
+        return first + more
 
     def _nothing_wrong(self) -> str:
+        """What can be said without a mismatch. That all fits is said only of what was looked at."""
+        count = f" (1 of {len(self.problems):,} problems)" if self.problems[1:] else ""
+        if self.problems and not self.checked:
+            return f"it says nothing of names or shapes that is known: {self.problems[0].what}{count}"
         if self.problems:
-            return f"no shape or name is wrong; {plural(len(self.problems), 'other problem')}: {self.problems[0].what}"
+            return f"{self.problems[0].what}{count}; no known pattern says more"
+        if not self.checked:
+            return "it says nothing of names or shapes that is known"
         return f"every tensor fits: {plural(self.checked, 'tensor')} have the names and shapes of the model"
 
 

@@ -27,6 +27,20 @@ _SIZES = tuple(
         r"NAME has shape SHAPE in the checkpoint; the config's \w+ has SHAPE",
         # nbmerge.loaders.assemble
         r"NAME: the ranks hold SHAPE on each of \d+ ranks, and the config demands SHAPE",
+        # nbmerge.validation: structure, values
+        r"NAME has another shape\b[^\[\]]{0,200}SHAPE here,[^\[\]]{0,200}SHAPE",
+    )
+)
+# nbmerge.validation: a sentence, its shape where it has one, and which side lacks the tensor
+_FOUND = tuple(
+    (re.compile(text.replace("NAME", _NAME).replace("SHAPE", _SHAPE)), kind)
+    for text, kind in (
+        (r"NAME is missing\b[^\[\]\n]{0,80}[\n(][^\[\]\n]{0,40}\bshape SHAPE", "missing"),
+        (r"NAME is no tensor of [^\[\]\n]{1,200}[\n(][^\[\]\n]{0,40}\bshape SHAPE", "unexpected"),
+        (r"NAME is in the checkpoint, and not in the directory()", "missing"),
+        (r"NAME is in the reference only()", "missing"),
+        (r"NAME is in the directory, and no tensor of the checkpoint()", "unexpected"),
+        (r"NAME is not in the reference()", "unexpected"),
     )
 )
 _NAMELESS = (
@@ -45,6 +59,9 @@ _CONSUMED = re.compile(r"consumed (\d{1,18}) numels out of (\d{1,18})")
 _SCALAR = re.compile(r"zero-dimensional tensor .{0,40}cannot be concatenated")
 _PLAIN = re.compile(r"'Tensor' object has no attribute '(?:device_mesh|placements|_spec|_local_tensor|to_local)'|"
                     r"expected .{0,60}DTensor.{0,60}(?:got|but).{0,60}Tensor")  # fmt: skip
+_UNEQUAL = re.compile(
+    r"Sizes of tensors must match except in dimension (\d{1,3})\. Expected size (\d{1,18}) but got size (\d{1,18})"
+)
 _RANKS = re.compile(r"on each of (\d{1,9}) ranks|\b(\d{1,9}) ranks\b|world[_ ]size[ =:]{1,3}(\d{1,9})")
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _MOST_NUMBERS = 4096  # names that one line of a loading report can stand for
@@ -55,7 +72,8 @@ class Reading:
     """What a message says.
 
     shapes: (name, shape in the checkpoint, shape in the model), None where the message does not say; causes: of
-    messages that are about no shape, with the sentence that was recognised; ranks: how many, where it says so.
+    messages that are about no shape, with the sentence that was recognised; ranks: how many, where it says so; cut:
+    characters at the end of the message that were not read.
     """
 
     shapes: tuple[tuple[str, Shape | None, Shape | None], ...] = ()
@@ -63,6 +81,7 @@ class Reading:
     unexpected: tuple[str, ...] = ()
     causes: tuple[tuple[str, Candidate], ...] = field(default=())
     ranks: int | None = None
+    cut: int = 0
 
     def __bool__(self) -> bool:
         return bool(self.shapes or self.missing or self.unexpected or self.causes)
@@ -70,12 +89,12 @@ class Reading:
 
 def read_message(text: str) -> Reading:
     """All that a message says of tensors; false where it says nothing that is known."""
-    text = text[:MOST]
+    text, cut = text[:MOST], max(len(text) - MOST, 0)
     shapes: dict[tuple[str, Shape | None, Shape | None], None] = {}
     for pattern in _SIZES:
         for name, got, expected in pattern.findall(text):
-            for each in _names(name):
-                shapes[each, _shape(got), _shape(expected)] = None
+            if _shape(got) != _shape(expected):  # equal ones: the sentence is about something else, as a dtype
+                shapes.update({(each, _shape(got), _shape(expected)): None for each in _names(name)})
     for pattern in _NAMELESS:
         shapes.update({("", _shape(got), _shape(expected)): None for got, expected in pattern.findall(text)})
     for used, total in _CONSUMED.findall(text):
@@ -83,6 +102,11 @@ def read_message(text: str) -> Reading:
     for name, shape in _OURS_EXTRA.findall(text):
         shapes[name, _shape(shape), None] = None
     found = {"missing": list(_OURS_MISSING.findall(text)), "unexpected": []}
+    for kind, name, shape in _found(text):
+        if shape is None:
+            found[kind].append(name)
+        else:
+            shapes[(name, None, shape) if kind == "missing" else (name, shape, None)] = None
     for kind, name in _listed(text):
         found[kind].append(name)
     match = _RANKS.search(text)
@@ -92,7 +116,15 @@ def read_message(text: str) -> Reading:
         tuple(dict.fromkeys(found["unexpected"])),
         tuple(_causes(text)),
         int(next(filter(None, match.groups()))) if match else None,
+        cut,
     )
+
+
+def _found(text: str) -> Iterator[tuple[str, str, Shape | None]]:
+    """(`missing` or `unexpected`, name, shape where it is said) of what a validation found."""
+    for pattern, kind in _FOUND:
+        yield from ((kind, name, _shape(shape) if r"\bshape" in pattern.pattern else None)
+                    for name, shape in pattern.findall(text))  # fmt: skip
 
 
 def _listed(text: str) -> Iterator[tuple[str, str]]:
@@ -153,5 +185,17 @@ def _causes(text: str) -> Iterator[tuple[str, Candidate]]:
                 Strength.FAIR,
                 "merge it with nbmerge.merge, which takes a single rank's plain tensors as they are",
                 seen=("verl 903",),
+            ),
+        )
+    if match := _UNEQUAL.search(text):
+        yield (
+            match[0],
+            Candidate(
+                "unlike parts concatenated",
+                f"the parts that were put together along dimension {match[1]} differ in another one, so that they are "
+                "cut along that one, or are not parts of one tensor",
+                (f"{match[2]} and {match[3]} in a dimension that must be equal",),
+                Strength.FAIR,
+                "concatenate along the dimension of the tensor's placement; nbmerge.merge reads it from the checkpoint",
             ),
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from nbmerge.errors import listing, plural
 from nbmerge.explaining.candidates import Candidate, Mismatch, Strength, ceil_div, evidence, product
@@ -16,6 +16,7 @@ _QUERY, _KEY_VALUE = re.compile(r"\.(q_proj|query)\."), re.compile(r"\.(k_proj|v
 _HALF, _BOTH = re.compile(r"\.(gate_proj|up_proj|w1|w3)\b"), re.compile(r"\.(gate_up_proj|linear_fc1)\b")
 _MULTIPLES = (8, 16, 32, 64, *(128 * n for n in (1, 2, 4, 8, 16, 32, 64, 128, 3, 5, 6, 7)))
 _SOLID = 64  # a multiple of this is seldom met by chance
+_FARTHEST = 4  # times as many tokens; more is another tokenizer, or no vocabulary
 CONFIG_FIX = "pass the config that training used: --hf_model_config_path DIR"
 
 
@@ -66,12 +67,17 @@ def vocabulary_resized(asked: Mismatch) -> Iterator[Candidate]:
     if (rows := _vocabulary_rows(asked)) is None:
         return
     got, expected = rows
+    if max(rows) > _FARTHEST * min(rows):
+        return
     by = abs(got - expected)
-    change = f"{by} tokens {'more' if got > expected else 'fewer'} than config.json says"
+    change = f"{plural(by, 'token')} {'more' if got > expected else 'fewer'} than config.json says"
     yield Candidate(
         "vocabulary resized",
-        f"the vocabulary was resized in training without the config: {change}",
-        (f"{got} = {expected} {'+' if got > expected else '-'} {by}",),
+        f"the vocabulary was resized or padded in training without the config: {change}",
+        evidence(
+            f"{got} = {expected} {'+' if got > expected else '-'} {by}",
+            f"{max(rows)} = {max(rows) // 128} · 128, as padded vocabularies are" if max(rows) % 128 == 0 else "",
+        ),
         Strength.FAIR if asked.name else Strength.WEAK,
         f"set vocab_size to {got} in config.json, or {CONFIG_FIX}",
         seen=("mergekit 489",),
@@ -241,6 +247,9 @@ def other_size(asked: Mismatch) -> Iterator[Candidate]:
         return
     family = str(asked.known.config.get("model_type", ""))
     pairs = [(a, b) for a, b in zip(*asked.shapes, strict=True) if a != b]
+    if not family:
+        yield from _other_published(asked, dict.fromkeys(pairs))
+        return
     named = [model for model in PUBLISHED if family in model.model_types and _explains(model, asked, pairs)]
     if named:
         yield Candidate(
@@ -250,6 +259,28 @@ def other_size(asked: Mismatch) -> Iterator[Candidate]:
             Strength.FAIR,
             CONFIG_FIX,
         )
+
+
+def _other_published(asked: Mismatch, pairs: Iterable[tuple[int, int]]) -> Iterator[Candidate]:
+    """Without a config: each pair is the same size of two published models, and neither is a multiple of the other."""
+    said = []
+    for got, expected in pairs:
+        for size in ("hidden_size", "intermediate_size"):
+            theirs, mine = _with_size(size, got), _with_size(size, expected)
+            if theirs and mine and min(got, expected) > 0 and max(got, expected) % min(got, expected):
+                said.append(f"{size} is {got} in {listing(theirs, shown=2)}, {expected} in {listing(mine, shown=2)}")
+                break
+        else:
+            return
+    if said and not is_vocabulary_row(asked):
+        yield Candidate(
+            "another size", "it is of a model of another size than the one that was expected", tuple(said),
+            Strength.FAIR, CONFIG_FIX,
+        )  # fmt: skip
+
+
+def _with_size(size: str, value: int) -> list[str]:
+    return [model.name for model in PUBLISHED if getattr(model, size) == value]
 
 
 def _explains(model: PublishedSize, asked: Mismatch, pairs: list[tuple[int, int]]) -> bool:

@@ -1,4 +1,4 @@
-"""Patterns that names decide: prefixes of wrappers, adapters, tied heads, and parts that are fused or cut elsewhere.
+"""Patterns that names decide: prefixes of wrappers, adapters, and parts that are fused or cut elsewhere.
 
 Each looks from one side of the pair: a name that the model wants and the checkpoint does not hold, or one that the
 checkpoint holds and the model does not have.
@@ -7,10 +7,11 @@ checkpoint holds and the model does not have.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
+from functools import cache
+from itertools import islice
 
-from nbmerge.explaining.candidates import Candidate, Mismatch, Strength, evidence
-from nbmerge.geometry import Shape
+from nbmerge.explaining.candidates import Candidate, Key, Mismatch, Strength, evidence
 
 _WRAPPER = re.compile(
     r"(?:^|(?<=\.))(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_fpw_module)\."
@@ -19,8 +20,7 @@ _ADAPTER = re.compile(r"^base_model\.model\.|(?<=\.)base_layer\.|(?<=\.)modules_
 _LORA = re.compile(r"(?:^|\.)lora_(?:[AB]|embedding_[AB]|magnitude_vector)(?=\.|$)")
 _PART = re.compile(r"(?:^|(?<=\.))(?:model|language_model|text_model|actor|policy|backbone|transformer)\.")
 _GROUPED_EXPERT = re.compile(r"^(.*\bexperts)\.(\w+)\.(weight|bias)(\d+)$")
-_HEAD = re.compile(r"(^|\.)(lm_head|output_layer|embed_out)\.weight$")
-_EMBEDDING = re.compile(r"(^|\.)(embed_tokens|word_embeddings|wte|shared|tok_embeddings)\.weight$")
+_MOST_PARTNERS = 4  # that are told of one name
 _FUSED = (
     ("query, key and value", re.compile(r"(?<![^.])(q_proj|k_proj|v_proj)\.(weight|bias)$"),
      re.compile(r"(?<![^.])(qkv_proj|linear_qkv|query_key_value|Wqkv|c_attn|in_proj|qkv)\.(weight|bias)$")),
@@ -31,28 +31,19 @@ _FUSED = (
 )  # fmt: skip
 
 
-def _other_side(asked: Mismatch) -> tuple[Mapping[str, Shape], Shape] | None:
-    """The names to look for a partner in, and the shape that it should have; None where both shapes are known."""
-    if not asked.name or (asked.got is None) == (asked.expected is None):
-        return None
-    if asked.got is None:
-        return {n: s for n, s in asked.known.held.items() if n not in asked.known.wanted}, asked.expected or ()
-    return {n: s for n, s in asked.known.wanted.items() if n not in asked.known.held}, asked.got
-
-
-def _partners(asked: Mismatch, plain: Callable[[str], str]) -> Iterator[tuple[str, bool]]:
+def _partners(asked: Mismatch, plain: Key) -> Iterator[tuple[str, bool]]:
     """Names of the other side that are the same once `plain` has worked on both, and whether shapes agree."""
-    if (side := _other_side(asked)) is None:
+    if not asked.name or not asked.is_one_sided:
         return
-    names, shape = side
-    mine = plain(asked.name)
-    for name, other in names.items():
-        if name != asked.name and plain(name) == mine:
-            yield name, other == shape
+    held = asked.got is None
+    names, shape = (asked.known.only_held, asked.expected) if held else (asked.known.only_wanted, asked.got)
+    found = asked.known.alone(plain, held=held).get(plain(asked.name) or "", ())
+    for name in islice((each for each in found if each != asked.name), _MOST_PARTNERS):
+        yield name, names[name] == (shape or ())
 
 
 def _renamed(
-    asked: Mismatch, pattern: str, plain: Callable[[str], str], says: Callable[[str, str], str], fix: str,
+    asked: Mismatch, pattern: str, plain: Key, says: Callable[[str, str], str], fix: str,
     seen: tuple[str, ...] = (),
 ) -> Iterator[Candidate]:  # fmt: skip
     """A candidate for each partner. says: makes the sentence of (name in the checkpoint, name in the model)."""
@@ -68,12 +59,20 @@ def _renamed(
         )
 
 
+def _unwrapped(name: str) -> str:
+    return _WRAPPER.sub("", name)
+
+
+def _unadapted(name: str) -> str:
+    return _ADAPTER.sub("", _unwrapped(name))
+
+
 def wrapper_prefix(asked: Mismatch) -> Iterator[Candidate]:
     """DistributedDataParallel, torch.compile, FSDP and activation checkpointing put their own name into the path."""
     fix = "take the prefix off; nbmerge does, for every wrapper that it knows"
     found = False
     for candidate in _renamed(
-        asked, "wrapper prefix", lambda name: _WRAPPER.sub("", name),
+        asked, "wrapper prefix", _unwrapped,
         lambda held, wanted: f"the checkpoint has it under a training wrapper's prefix: {held}", fix,
     ):  # fmt: skip
         found = True
@@ -93,7 +92,7 @@ def lora_base_layer(asked: Mismatch) -> Iterator[Candidate]:
     fix = "fold the adapter (peft's merge_and_unload) and save again, or save the adapter by itself"
     found = False
     for candidate in _renamed(
-        asked, "LoRA base layer", lambda name: _ADAPTER.sub("", _WRAPPER.sub("", name)),
+        asked, "LoRA base layer", _unadapted,
         lambda held, wanted: f"a LoRA adapter was never folded: the weight is {held}", fix, ("verl 4761", "verl 1804"),
     ):  # fmt: skip
         if _ADAPTER.search(candidate.evidence[0]):
@@ -145,66 +144,38 @@ def _without_parts(name: str) -> str:
     return _PART.sub("", name)
 
 
-def tied_head(asked: Mismatch) -> Iterator[Candidate]:
-    """The head shares the embedding's parameter, and the checkpoint holds one of the two, or the second as a copy."""
-    if not _HEAD.search(asked.name):
-        return
-    names = {**asked.known.wanted, **asked.known.held}
-    shape = asked.expected if asked.got is None else asked.got
-    embedding = next((n for n, s in names.items() if _EMBEDDING.search(n) and (s == shape or shape is None)), None)
-    tied = bool(asked.known.config.get("tie_word_embeddings"))
-    if asked.got is None and asked.expected is not None:
-        known = embedding is not None or tied
-        yield Candidate(
-            "tied head absent",
-            "the head is tied to the embedding, and only the embedding is stored",
-            evidence(
-                f"{embedding} has the same shape, {list(shape or ())}" if embedding else "",
-                "tie_word_embeddings is true in config.json" if tied else "",
-            )
-            or ("a head that is tied has no weight of its own",),
-            Strength.STRONG if tied else (Strength.FAIR if known else Strength.WEAK),
-            "set tie_word_embeddings in config.json (--tie_word_embedding) if training tied them; "
-            "else the last pipeline stage is missing",
-            seen=("DeepSpeed 1896", "verl 5357"),
-        )
-    elif asked.expected is None and asked.got is not None:
-        yield Candidate(
-            "tied head doubled",
-            "the head is a copy of the embedding, which the model ties and stores once",
-            evidence(
-                f"{embedding} has the same shape, {list(asked.got)}" if embedding else f"the model has no {asked.name}",
-                "tie_word_embeddings is true in config.json" if tied else "",
-            ),
-            Strength.STRONG if tied else Strength.FAIR,
-            "leave the copy out where both are equal; nbmerge.merge compares them and records the tie",
-            seen=("DeepSpeed 1896",),
-        )
-
-
 def fused_or_split_names(asked: Mismatch) -> Iterator[Candidate]:
     """A projection under its own name on one side, and within a fused tensor on the other."""
-    if (side := _other_side(asked)) is None:
+    if not asked.name or not asked.is_one_sided:
         return
-    names, _ = side
     for what, single, fused in _FUSED:
         mine, theirs = (single, fused) if single.search(asked.name) else (fused, single)
-        match = mine.search(asked.name)
-        if match is None:
-            continue
-        module = asked.name[: match.start()]
-        partner = next((name for name in names if name.startswith(module) and theirs.search(name)), None)
-        if partner is None:
+        module = _module(mine)(asked.name)
+        partners = (
+            asked.known.alone(_module(theirs), held=asked.got is None).get(module) if module is not None else None
+        )
+        if not partners:
             continue
         one, other = ("checkpoint", "model") if asked.got is not None else ("model", "checkpoint")
         form = ("a tensor each", "one fused tensor") if mine is single else ("one fused tensor", "a tensor each")
         yield Candidate(
             "fused or split",
             f"the {one} has {what} as {form[0]}, the {other} as {form[1]}",
-            (f"{asked.name} and {partner}",),
+            (f"{asked.name} and {partners[0]}",),
             Strength.STRONG,
             "save with the version of transformers that trained, or merge with nbmerge, which cuts and joins them",
         )
+
+
+@cache
+def _module(pattern: re.Pattern[str]) -> Key:
+    """What stands before the projection's own name; the same function for the same pattern."""
+
+    def module(name: str) -> str | None:
+        match = pattern.search(name)
+        return name[: match.start()] if match else None
+
+    return module
 
 
 def another_family(asked: Mismatch) -> Iterator[Candidate]:

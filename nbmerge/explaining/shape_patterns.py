@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
+from math import isqrt
 
 from nbmerge.explaining.candidates import (
     Candidate,
@@ -16,9 +17,12 @@ from nbmerge.explaining.candidates import (
     numel,
     product,
 )
+from nbmerge.explaining.model_patterns import is_vocabulary
 from nbmerge.geometry import chunk_bounds
 
-MOST_RANKS = 8192  # numbers of ranks that are tried where the number is not known
+MOST_RANKS = 8192  # numbers of ranks that are tried
+_USUAL_RANKS = 512  # and the most that are offered where the number is not known
+_NODES, _NODE = 64, 8  # up to so many any number is met, beyond them whole nodes
 _SMALL_PARTITION = 10**6  # elements; less is a tensor of its own
 _START_ALIGNMENT = 2  # DeepSpeed's nccl_start_alignment_factor (runtime/zero/stage_1_and_2.py)
 
@@ -67,8 +71,13 @@ def ceil_padding(asked: Mismatch) -> Iterator[Candidate]:
     dim, total, one = found
     if one < 1 or total <= one:
         return
-    small = 4 * (total - one) <= total
-    if fit := fit_ranks(_paddings(total, one, 1), asked.known.ranks, Strength.FAIR if small else Strength.WEAK):
+    ranks = asked.known.ranks
+    counts = _paddings(total, one, 1)
+    if ranks is None or ranks not in counts:
+        counts = _plausible(counts, one)
+    usual = any(n <= _NODES or n % _NODE == 0 for n in counts) and 4 * (total - one) <= total
+    tokens = dim == 0 and is_vocabulary(asked.name)  # a vocabulary is padded for other reasons far more often
+    if fit := fit_ranks(counts, ranks, Strength.FAIR if usual and not tokens else Strength.WEAK):
         n = fit.likeliest
         yield Candidate(
             "ceil padding",
@@ -81,11 +90,23 @@ def ceil_padding(asked: Mismatch) -> Iterator[Candidate]:
         )
 
 
+def _plausible(counts: Sequence[int], size: int) -> tuple[int, ...]:
+    """Numbers of ranks that one meets, each of which holds two units or more: n · ⌈size/n⌉ with n = total says nothing.
+
+    size: in units that are never cut.
+    """
+    return tuple(n for n in counts if n <= _USUAL_RANKS and n < size and ceil_div(size, n) > 1)
+
+
 @lru_cache(maxsize=4096)
 def _paddings(total: int, one: int, unit: int) -> tuple[int, ...]:
     """Numbers of ranks n, from 2 on, with total = unit · n · ⌈one / (unit · n)⌉."""
-    first = max(2, (total - one) // unit)  # less would leave a whole unit of padding out
-    return tuple(n for n in range(first, MOST_RANKS + 1) if unit * n * ceil_div(one, unit * n) == total)
+    parts, rest = divmod(total, unit)
+    if rest:
+        return ()
+    divisors = [d for d in range(1, min(isqrt(parts), MOST_RANKS) + 1) if parts % d == 0]
+    counts = {n for d in divisors for n in (d, parts // d) if 2 <= n <= MOST_RANKS}
+    return tuple(n for n in sorted(counts) if unit * n * ceil_div(one, unit * n) == total)
 
 
 def flat_alignment(asked: Mismatch) -> Iterator[Candidate]:
@@ -99,7 +120,10 @@ def flat_alignment(asked: Mismatch) -> Iterator[Candidate]:
     if used < 1 or total <= used or total % _START_ALIGNMENT:
         return
     flat = "flat" in asked.name or "partition" in asked.name or (not asked.name and total >= _SMALL_PARTITION)
-    fit = fit_ranks(_paddings(total, used, _START_ALIGNMENT), asked.known.ranks, Strength.FAIR)
+    counts = _paddings(total, used, _START_ALIGNMENT)
+    if asked.known.ranks not in counts:
+        counts = _plausible(counts, ceil_div(used, _START_ALIGNMENT))
+    fit = fit_ranks(counts, asked.known.ranks, Strength.FAIR)
     if fit is None:
         return
     n = fit.likeliest
@@ -240,6 +264,7 @@ def flat_shard(asked: Mismatch) -> Iterator[Candidate]:
         return
     if held > full:
         counts: Sequence[int] = _paddings(held, full, 1)
+        counts = counts if asked.known.ranks in counts else _plausible(counts, full)
         arithmetic, what = "{held} = {n} · ⌈{full}/{n}⌉", "it is flattened, with the padding of its last shard"
     else:
         counts = _flat_counts(held, full, asked.known.ranks)

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from nbmerge.explaining import model_patterns, name_patterns, shape_patterns
+from nbmerge.explaining import head_patterns, model_patterns, name_patterns, shape_patterns
 from nbmerge.explaining.candidates import Candidate, Mismatch, Pattern, Strength, ranked
 
 PATTERNS: tuple[Pattern, ...] = (
     shape_patterns.empty_placeholder,
     shape_patterns.replicated_concatenated,
+    head_patterns.labels_for_tokens,
+    model_patterns.vocabulary_padded,
     shape_patterns.ceil_padding,
     shape_patterns.one_shard,
-    model_patterns.vocabulary_padded,
     model_patterns.heads_of_queries,
     model_patterns.fused_query_key_value,
     model_patterns.fused_other_heads,
@@ -29,7 +30,9 @@ PATTERNS: tuple[Pattern, ...] = (
     name_patterns.wrapper_prefix,
     name_patterns.lora_base_layer,
     name_patterns.grouped_expert_names,
-    name_patterns.tied_head,
+    head_patterns.other_head,
+    head_patterns.tied_head,
+    head_patterns.other_layers,
     name_patterns.fused_or_split_names,
     name_patterns.other_prefix,
     name_patterns.another_family,

@@ -95,11 +95,7 @@ def _diff(values: dict[str, Any]) -> object:
 
 def _explain(values: dict[str, Any]) -> object:
     given = given_options(argparse.Namespace(**values), ExplainOptions)
-    if given["got"] is not None or given["expected"] is not None:
-        shapes = {name: given[name] for name in ("got", "expected", "ranks")}
-        return explain(values["subject"], values["name"], config=given["hf_model_config_path"], **shapes)
-    asked = {name: value for name, value in given.items() if name not in ("got", "expected")}
-    return explain(values["subject"], values["name"], **asked)
+    return explain(values["subject"], values["name"], **given)
 
 
 def _no_source(source: object, wanted: str) -> OptionError:

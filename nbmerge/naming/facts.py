@@ -85,10 +85,11 @@ class ModelDirectory:
     @cached_property
     def config(self) -> dict[str, Any]:
         """The content of config.json. Raises ConfigError where it is missing or is no JSON object."""
+        stored = self.config_bytes  # its own error is a ValueError too
         try:
-            content = json.loads(self.config_bytes)
+            content = json.loads(stored)
             json.dumps(content, ensure_ascii=False).encode()  # a lone surrogate could not be written again
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             content = str(error)
         if not isinstance(content, dict):
             raise ConfigError(

@@ -30,7 +30,7 @@ def model_facts(source: ModelDirectory) -> ModelFacts:
         except Exception as error:  # a conversion that the recorder cannot follow
             raise ConfigError(
                 f"transformers' own conversion of {type(model).__name__} cannot be followed: "
-                f"{type(error).__name__}: {error}",
+                f"{type(error).__name__}: {error}".splitlines()[0],
                 where=str(source.config_dir / "config.json"),
                 fix="report it with the versions of nbmerge and transformers",
             ) from error
@@ -67,6 +67,8 @@ def _meta_model(source: ModelDirectory) -> Any:
             config.tie_word_embeddings = source.tie_word_embedding
         if hasattr(config, "quantization_config"):  # the shards hold plain weights
             del config.quantization_config
+        # What the config asks for may not be installed here (FlashAttention), and changes no tensor.
+        config._attn_implementation = config._experts_implementation = "eager"
         cls = _model_class(source, config)
         with torch.device("meta"):
             return cls(config)

@@ -5,6 +5,7 @@ subject       the directory that is validated, as it stands on disk
 checks        all checks but those of values, in their order
 files         headers and index                recorded      the receipt: files, sizes, digests
 side          config, tokenizer files, paths   templates     chat templates
+beside        the small files against those of the checkpoint         on_disk       paths that a receipt names
 structure     names and shapes of the class, what is tied    expectation   what the class expects
 element_types dtypes
 tokenizer     vocabulary and embedding

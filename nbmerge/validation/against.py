@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 
 from nbmerge.engine.safetensors_file import stored_tensors
-from nbmerge.expressions import Expr, input_names
+from nbmerge.errors import NbmergeError
+from nbmerge.expressions import Expr, Stored, input_names
 from nbmerge.naming.facts import ModelFacts
 from nbmerge.naming.model import HFModel
 from nbmerge.naming.published import by_published_name
@@ -14,15 +16,26 @@ from nbmerge.opening import PathLike
 from nbmerge.options import expanded_path
 from nbmerge.plan import MergePlan
 from nbmerge.validation.findings import Finding, Outcome
+from nbmerge.validation.on_disk import unreadable
 from nbmerge.validation.values import Close, SameBits, look_through
 from nbmerge.weights import Weights
 
 TOLERANCE = 1e-6  # verl's, absolute and relative
 
 
-def against_plan(ours: Mapping[str, Expr], plan: MergePlan) -> SameBits:
-    """The comparison with what the plan would write, bit by bit. What either has alone is among its findings."""
-    comparator = SameBits({name: tensor.expr for name, tensor in plan.tensors.items()})
+def against_plan(ours: Mapping[str, Expr], plan: MergePlan, facts: ModelFacts | None = None) -> SameBits:
+    """The comparison with what the plan would write, bit by bit. What either has alone is among its findings.
+
+    A tied name that the directory has is compared with the tensor that the plan writes for both.
+    """
+    theirs = {name: tensor.expr for name, tensor in plan.tensors.items()}
+    tied = {tie.name: tie.kept for tie in plan.ties}
+    if facts is not None:
+        tied = {**facts.tied, **facts.tied_on_hub, **tied}
+    copies = {alias: kept for alias, kept in tied.items() if alias in ours and alias not in theirs and kept in theirs}
+    stood_for = {kept for kept in copies.values() if kept not in ours}
+    theirs |= {alias: theirs[kept] for alias, kept in copies.items()}
+    comparator = SameBits({name: expr for name, expr in theirs.items() if name not in stood_for})
     comparator.findings += _alone(
         (name for name in comparator.tensors if name not in ours),
         "is in the checkpoint, and not in the directory",
@@ -82,7 +95,7 @@ def compare_unmerged(
     plan.raise_if_problems()
     ours = {name: tensor.expr for name, tensor in plan.tensors.items()}
     directory = expanded_path(os.fspath(reference))
-    theirs = Weights(str(directory), stored_tensors(directory, "--test_hf_dir DIR"), "directory")
+    theirs = Weights(str(directory), _stored(directory), "directory")
     facts = HFModel(
         plan.config_dir,
         trust_remote_code=plan.options.trust_remote_code,
@@ -92,6 +105,15 @@ def compare_unmerged(
     comparator = against_reference(ours, theirs, facts, atol=atol, rtol=rtol)
     scanned = look_through(ours, [comparator], workers=plan.execution.workers)
     return comparator.outcome(list(ours), scanned, theirs.label)
+
+
+def _stored(directory: Path) -> dict[str, Stored]:
+    try:
+        return stored_tensors(directory, "--test_hf_dir DIR")
+    except NbmergeError:
+        raise
+    except OSError as error:
+        raise unreadable(directory, error) from error
 
 
 def _alone(names: Iterable[str], what: str, *, why: str, fix: str) -> list[Finding]:

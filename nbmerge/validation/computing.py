@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,9 @@ from nbmerge.validation.quiet import first_line
 
 PROMPT = "The capital of France is"
 _FEW = 8  # tokens of a prompt for a model without a tokenizer
+_MORE_INPUTS = re.compile(r"missing \d+ required")  # Python's words for arguments that were not passed
+# What the class needs to generate at all; the rest of a generation config changes the search.
+_KEPT_IN_GENERATION = ("bos_token_id", "eos_token_id", "decoder_start_token_id")
 
 
 def prompt(model: Any, tokenizer: Any) -> list[int]:
@@ -49,7 +53,10 @@ def _special_tokens(config: Mapping[str, Any]) -> dict[int, bool]:
 
 @dataclass(frozen=True)
 class Pass:
-    """What came of a pass. logits: [tokens, vocabulary or labels] in float64, None where there are none."""
+    """What came of a pass. logits: [tokens, vocabulary or labels] in float64, None where there are none.
+
+    Without logits and without findings, nothing was computed: said tells why no pass is possible here.
+    """
 
     logits: Any = None
     said: str = ""
@@ -64,14 +71,16 @@ def forward(model: Any, tokens: list[int]) -> Pass:
     inputs = {"input_ids": ids, **({"decoder_input_ids": ids} if model.config.is_encoder_decoder else {})}
     try:
         logits = _logits(model, inputs)
-    except (TypeError, NotImplementedError, MemoryError, ImportError) as error:
-        return Pass(said=f"no pass with tokens alone: {first_line(error)}")
+    except (NotImplementedError, MemoryError, ImportError) as error:
+        return Pass(said=f"no pass on this machine: {first_line(error)}")
     except Exception as error:  # noqa: BLE001 - a model's code can fail in any way
+        if isinstance(error, TypeError) and _MORE_INPUTS.search(str(error)):
+            return Pass(said=f"no pass with tokens alone: {first_line(error)}")
         if "not implemented for" in str(error) or is_out_of_memory(error):
             return Pass(said=f"no pass on this machine: {first_line(error)}")
         failed = Finding(
             "fails in a forward pass", "the model", first_line(error),
-            why="shapes inside the model do not fit together, or its code expects another version of transformers",
+            why="the config's numbers do not fit together, or the code expects another version of transformers",
             fix="compare config.json with the one that training used",
         )  # fmt: skip
         return Pass(said="its pass fails", findings=(failed,))
@@ -100,21 +109,24 @@ def _logits(model: Any, inputs: Mapping[str, Any]) -> Any:
 
 
 def generated(model: Any, tokenizer: Any, tokens: list[int], count: int) -> tuple[str, tuple[Finding, ...]]:
-    """What it says, greedily, to the prompt."""
+    """What it says, greedily, to the prompt; whatever search its generation config asks for."""
     import torch
+    from transformers import GenerationConfig
 
     if not model.can_generate():
         return "", ()
     ids = torch.tensor([tokens])
-    options = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None, "pad_token_id": tokens[0]}
+    options = {"do_sample": False, "num_beams": 1, "pad_token_id": tokens[0]}
     try:
+        given = model.generation_config
+        model.generation_config = GenerationConfig(**{key: getattr(given, key, None) for key in _KEPT_IN_GENERATION})
         made = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, **options)[0].tolist()
         new = made if model.config.is_encoder_decoder else made[len(tokens) :]
         text = "" if tokenizer is None else f"greedy: {tokenizer.decode(tokens)!r} → {tokenizer.decode(new)!r}"
     except Exception as error:  # noqa: BLE001 - as for a pass
         finding = Finding(
             "cannot generate", "the model", first_line(error),
-            why="generation_config.json is not this model's, or the class needs more than text",
+            why="its special tokens are not this model's, or the class needs more than text",
             fix="try it: model.generate(**tokenizer(text, return_tensors='pt'))",
             severity=WARNING,
         )  # fmt: skip

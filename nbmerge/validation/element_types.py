@@ -21,6 +21,8 @@ class DtypesCheck(Check):
         expected = Expectation.of(subject)
         if not isinstance(expected, Expectation):
             return Outcome(said="the class is not known", ran=False)
+        if not subject.entries:
+            return Outcome(said="there are no tensors that can be read", ran=False)
         stated = stated_dtype(subject)
         entries = [entry for _, entry in subject.entries.values()]
         findings = [

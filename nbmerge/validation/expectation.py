@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 from nbmerge import expressions as ex
 from nbmerge.dtypes import DType
@@ -18,12 +19,18 @@ from nbmerge.validation.subject import Subject
 # Buffers that older transformers saved, and that transformers drops when it loads.
 _RECOMPUTED = re.compile(r"(^|\.)(rotary_emb\.inv_freq|masked_bias|attn\.bias|position_ids)$")
 
+# A layer that predicts further tokens, and what such a layer holds beside a decoder layer: deepseek-ai/DeepSeek-V3.
+_LAYER = re.compile(r"model\.(?:language_model\.)?layers\.(\d{1,9})\.")
+_FURTHER = ("eh_proj.weight", "enorm.weight", "hnorm.weight")
+_FURTHER_COUNTS = ("num_nextn_predict_layers", "num_mtp_layers")
+
 
 @dataclass(frozen=True)
 class Expectation:
     """What the class has, under the names that the files use: published ones, or those in memory.
 
-    transformers loads both. shapes: of the tensors that are written; tied: name that is not → the one that is.
+    transformers loads both. shapes: of the tensors that are written; tied: name that is not → the one that is;
+    unloaded: names in the files that are known, and that the class does not load.
     """
 
     facts: ModelFacts
@@ -38,9 +45,8 @@ class Expectation:
         facts = subject.facts
         if isinstance(facts, NbmergeError):
             return facts
-        unloaded = (subject.receipt or {}).get("unloaded")
-        names = frozenset(map(str, unloaded)) if isinstance(unloaded, list) else frozenset()
-        return Expectation(facts, {name: entry.shape for name, (_, entry) in subject.entries.items()}, names)
+        found = {name: entry.shape for name, (_, entry) in subject.entries.items()}
+        return Expectation(facts, found, names_unloaded(subject))
 
     @cached_property
     def in_memory(self) -> bool:
@@ -82,8 +88,7 @@ class Expectation:
     def unexpected(self) -> list[str]:
         """Tensors of the files that the class neither loads nor knows."""
         known = {*self.shapes, *self.tied, *self.unloaded, *self.facts.buffers}
-        others = [name for name in self.found if name not in known and not self.facts.is_ignored(name)]
-        return [name for name in others if not _RECOMPUTED.search(name)]
+        return [name for name in self.found if name not in known and not _RECOMPUTED.search(name)]
 
     def mismatched(self) -> Iterator[tuple[str, Shape, Shape]]:
         """Name, shape in the file and shape in the class, where the two differ."""
@@ -93,7 +98,53 @@ class Expectation:
                 yield name, shape, want
 
 
-def _is_quantized(subject: Subject) -> bool:
+def names_unloaded(subject: Subject) -> frozenset[str]:
+    """Names in the files that are known, and that the class does not load: those that it ignores, and further layers.
+
+    A further layer follows the decoder's and predicts further tokens. That there is one, config.json says, or the
+    receipt of the merge; neither makes another tensor known. Empty where there is no class.
+    """
+    facts = subject.facts
+    if isinstance(facts, NbmergeError):
+        return frozenset()
+    receipt = (subject.receipt or {}).get("unloaded")
+    written = {str(name) for name in receipt} if isinstance(receipt, list) else set()
+    layers: dict[str, set[str]] = {}
+    for name in subject.entries:
+        if match := _LAYER.match(name):
+            layers.setdefault(match[0], set()).add(name)
+    names = {name for name in subject.entries if facts.is_ignored(name)}
+    first = _number(facts.config, "num_hidden_layers")
+    stop = first + max(_number(facts.config, key) for key in _FURTHER_COUNTS)
+    for layer, members in layers.items():
+        number = int(layer.rstrip(".").rpartition(".")[2])
+        if 0 < first <= number and any(layer + own in members for own in _FURTHER):
+            names |= members if number < stop else members & written
+    return frozenset(names)
+
+
+def _number(config: Mapping[str, Any], key: str) -> int:
+    """A number of the config, or of its text part; 0 where neither has it."""
+    text = config.get("text_config")
+    values = [part.get(key) for part in (config, text) if isinstance(part, Mapping)]
+    return next((value for value in values if isinstance(value, int)), 0)
+
+
+def quantization_configs(subject: Subject) -> list[object]:
+    """The quantization_config of config.json and of its parts, as they stand there."""
     config = subject.json("config.json")
     parts = [config, *config.values()] if isinstance(config, dict) else []
-    return any(isinstance(part, dict) and "quantization_config" in part for part in parts)
+    return [part["quantization_config"] for part in parts if isinstance(part, dict) and "quantization_config" in part]
+
+
+def names_a_method(quantization: object) -> bool:
+    """Whether a quantization_config says how the weights are packed. transformers takes two keys of old for a name."""
+    given: dict[str, Any] = quantization if isinstance(quantization, dict) else {}
+    method = given.get("quant_method")
+    return bool(isinstance(method, str) and method) or any(
+        given.get(key) is True for key in ("load_in_8bit", "load_in_4bit")
+    )
+
+
+def _is_quantized(subject: Subject) -> bool:
+    return any(map(names_a_method, quantization_configs(subject)))

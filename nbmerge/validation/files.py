@@ -6,9 +6,11 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from nbmerge.dtypes import BY_CODE
 from nbmerge.engine.safetensors_file import Entry
 from nbmerge.errors import NbmergeError, listing, plural
 from nbmerge.validation.findings import WARNING, Check, Finding, Outcome
@@ -48,6 +50,17 @@ def _of_file(subject: Subject, name: str, read: Mapping[str, Entry] | NbmergeErr
     pairs = _header_pairs(path)
     if twice := [key for key, number in Counter(key for key, _ in pairs).items() if number > 1]:
         yield Finding("names a tensor twice in its header", name, listing(twice), fix=_AGAIN)
+    elif isinstance(read, NbmergeError) and (unknown := _unknown_dtypes(pairs)):
+        refusal = _refusal(path)
+        yield Finding(
+            "holds a dtype that is not known", name,
+            listing(f"{tensor} is {code}" for tensor, code in unknown.items())
+            + (f"; the safetensors library: {refusal}" if refusal else ""),
+            why="it is none of safetensors' dtypes" if refusal
+            else "safetensors has the dtype; this version of nbmerge does not, so that nothing in the file is checked",
+            fix="merge again with a dtype that torch has" if refusal
+            else "cast these tensors, or validate with a version that knows the dtype",
+        )  # fmt: skip
     elif isinstance(read, NbmergeError):
         problem = read.problem
         yield Finding("is damaged", name, problem.what, why=problem.why, fix=problem.fix or _AGAIN)
@@ -73,6 +86,17 @@ def _header_pairs(path: Path) -> list[tuple[str, Any]]:
     return [pair for pair in pairs if isinstance(pair, tuple)] if isinstance(pairs, list) else []
 
 
+def _unknown_dtypes(pairs: list[tuple[str, Any]]) -> dict[str, str]:
+    """Tensors of a header whose dtype is a code that is not known, and the code."""
+    codes = ((name, dict(entry).get("dtype")) for name, entry in pairs if name != "__metadata__" and _is_object(entry))
+    return {name: code for name, code in codes if isinstance(code, str) and code not in BY_CODE}
+
+
+def _is_object(pairs: object) -> bool:
+    """Whether a value of a header that was read as pairs is an object."""
+    return isinstance(pairs, list) and all(isinstance(pair, tuple) for pair in pairs)
+
+
 def _refusal(path: Path) -> str:
     """Why the safetensors library does not open a file; empty where it does."""
     from safetensors import SafetensorError, safe_open
@@ -94,6 +118,14 @@ class IndexCheck(Check):
         """Compares the index with the headers."""
         if not subject.headers:
             return Outcome(said="there are no safetensors files", ran=False)
+        outcome = self._compared(subject)
+        damaged = [file for file in subject.loaded if isinstance(subject.headers[file], NbmergeError)]
+        if not damaged:
+            return outcome
+        ran = bool(outcome.findings) or len(damaged) < len(subject.loaded)
+        return replace(outcome, said=f"{outcome.said}; not compared, since not readable: {listing(damaged)}", ran=ran)
+
+    def _compared(self, subject: Subject) -> Outcome:
         findings = [*_two_files(subject), *_gaps(subject), *_leftovers(subject)]
         path = subject.directory / INDEX_NAME
         if not path.is_file():

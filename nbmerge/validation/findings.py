@@ -61,11 +61,15 @@ def grouped(findings: Iterable[Finding]) -> list[FindingGroup]:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What a check did. said: what it looked at, with numbers, or why it was not run; ran: whether it was."""
+    """What a check did. said: what it looked at, with numbers, or why it was not run; ran: whether it was.
+
+    share: of the bytes that it was to look at, how many it looked at; below 1 for a sample.
+    """
 
     findings: tuple[Finding, ...] = ()
     said: str = ""
     ran: bool = True
+    share: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,6 +18,8 @@ from nbmerge.validation.subject import Subject
 
 _SHARE = 0.6  # of the free memory that the weights may take; a pass needs some for itself
 _GB = 1e9
+# Attention that torch has on every machine; where the config asks for another kernel, the class chooses.
+_ANYWHERE = {"eager", "sdpa"}
 _LAST_NUMBER = re.compile(r"\.\d+(\.\D+)?$")  # and what follows it: `.3.down_proj.weight` of an expert
 _AGAIN = "see the findings on files and structure, and merge again"
 
@@ -32,7 +34,7 @@ class LoadedModel:
     mismatched: tuple[tuple[str, str], ...]  # name, shapes in words
 
     def findings(self, allowed: Iterable[str]) -> list[Finding]:
-        """All three. allowed: names that the merge wrote knowing that the class does not load them."""
+        """All three. allowed: names in the files that the class is known not to load."""
         known = set(allowed)
         # transformers fuses experts before it finds that nothing takes them, and says the fused name.
         modules = {_LAST_NUMBER.sub("", name) for name in known}
@@ -59,7 +61,8 @@ class LoadedModel:
 
 def load_model(directory: Path, *, trust_remote_code: bool) -> LoadedModel:
     """The model on the CPU, ready to compute. Raises whatever transformers raises. Reads safetensors files only."""
-    model, report = _class_of(directory, trust_remote_code).from_pretrained(
+    subject = Subject(directory, trust_remote_code)
+    model, report = _class_of(subject).from_pretrained(
         directory,
         dtype="auto",
         local_files_only=True,
@@ -67,6 +70,7 @@ def load_model(directory: Path, *, trust_remote_code: bool) -> LoadedModel:
         use_safetensors=True,
         output_loading_info=True,
         ignore_mismatched_sizes=True,  # they are findings; without this they are an exception that names none
+        **_other_attention(subject),
     )
     mismatched = tuple(
         (str(name), f"{list(a)} stored, {list(b)} in the model") for name, a, b in report["mismatched_keys"]
@@ -75,11 +79,33 @@ def load_model(directory: Path, *, trust_remote_code: bool) -> LoadedModel:
     return LoadedModel(model.eval(), missing, unexpected, tuple(sorted(mismatched)))
 
 
-def _class_of(directory: Path, trust_remote_code: bool) -> Any:
+def _other_attention(subject: Subject) -> dict[str, Any]:
+    """A config to load with, where the directory's own asks for attention that may not be installed here."""
+    if _attention(subject.json("config.json")) <= _ANYWHERE:
+        return {}
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(
+        subject.directory, local_files_only=True, trust_remote_code=subject.trust_remote_code
+    )
+    config._attn_implementation = None  # the class chooses among torch's own
+    return {"config": config}
+
+
+def _attention(config: object) -> set[str]:
+    """The kernels of attention that a config asks for, in all its parts."""
+    found: set[str] = set()
+    for key, value in config.items() if isinstance(config, dict) else ():
+        asked = key in ("attn_implementation", "_attn_implementation")
+        found |= _attention(value)
+        found |= {str(each) for each in (value.values() if isinstance(value, dict) else [value]) if asked and each}
+    return found
+
+
+def _class_of(subject: Subject) -> Any:
     """The auto class of the architecture; the class itself where no auto class has it."""
     import transformers
 
-    subject = Subject(directory, trust_remote_code)
     architecture = subject.model.architecture
     if architecture is None:
         return transformers.AutoModelForCausalLM

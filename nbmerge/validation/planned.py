@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from nbmerge.errors import NbmergeError
+from nbmerge.errors import CheckpointError, ConfigError, NbmergeError, NotACheckpointError, one_line
 from nbmerge.layout import Checkpoint
 from nbmerge.naming.facts import ModelFacts
 from nbmerge.opening import PathLike, open_checkpoint, plan_merge
 from nbmerge.options import OPEN_ONLY, OPEN_OPTIONS, MergeOptions
 from nbmerge.plan import MergePlan
 from nbmerge.validation.findings import WARNING, Finding
+from nbmerge.validation.on_disk import expanded, is_file
 from nbmerge.validation.subject import Subject
 
 # What shapes the result; the rest of a receipt's options is about that run, or is for who validates to say.
@@ -38,7 +40,8 @@ def plan_of(
 ) -> Planned:
     """The plan. given: trust_pickle, trust_remote_code and workers, as who validates has them.
 
-    Raises what opening and planning raise, and PlanError for a plan with problems.
+    Raises what opening and planning raise, and PlanError for a plan with problems; NotACheckpointError only for the
+    path that the caller gave, never for one that the receipt names.
     """
     if isinstance(checkpoint, MergePlan):
         checkpoint.raise_if_problems()
@@ -46,7 +49,7 @@ def plan_of(
     options = _options_of(subject)
     if not isinstance(checkpoint, Checkpoint):
         opening = {name: value for name, value in options.items() if name in OPEN_OPTIONS}
-        checkpoint = open_checkpoint(checkpoint, progress=progress, **opening, **given)
+        checkpoint = _opened(checkpoint, {**opening, **given}, progress)
     options = {name: value for name, value in options.items() if name not in OPEN_ONLY}
     if "hf_model_config_path" not in options and checkpoint.config_dir is None:
         options["hf_model_config_path"] = str(subject.directory)
@@ -56,14 +59,38 @@ def plan_of(
     if subject.receipt is None:
         said = "merged with the default options, for want of a receipt"
         options |= _dialect(subject)
-        assumed = _dtype(subject, plan_merge(checkpoint, **options))
+        assumed = _dtype(subject, _planned(checkpoint, options))
         if assumed:
             options["dtype"] = assumed
             said = f"merged with dtype={assumed}, for want of a receipt"
             findings = (_unrecorded(assumed),)
-    plan = plan_merge(checkpoint, **options)
+    plan = _planned(checkpoint, options)
     plan.raise_if_problems()
     return Planned(plan, findings, said)
+
+
+def _opened(path: PathLike, options: Mapping[str, Any], progress: bool | None) -> Checkpoint:
+    """The checkpoint. Raises CheckpointError where it is there, and not of the back end that the receipt names."""
+    try:
+        return open_checkpoint(path, progress=progress, **options)
+    except NotACheckpointError as error:
+        backend = options.get("backend", "auto")
+        if backend == "auto" or not expanded(os.fspath(path)).is_dir():
+            raise
+        raise _as(CheckpointError, error, f"the receipt names the back end {backend!r}") from error
+
+
+def _planned(checkpoint: Checkpoint, options: Mapping[str, Any]) -> MergePlan:
+    """The plan. Raises ConfigError for a base model that is not there: the receipt names it, not the caller."""
+    try:
+        return plan_merge(checkpoint, **options)
+    except NotACheckpointError as error:
+        raise _as(ConfigError, error, "the receipt in the directory names it") from error
+
+
+def _as(kind: type[NbmergeError], error: NbmergeError, why: str) -> NbmergeError:
+    problem = error.problem
+    return kind(problem.what, where=problem.where, why=why, fix=problem.fix)
 
 
 def _options_of(subject: Subject) -> dict[str, Any]:
@@ -73,7 +100,7 @@ def _options_of(subject: Subject) -> dict[str, Any]:
     given = recorded.items() if isinstance(recorded, dict) else ()
     options: dict[str, Any] = {name: value for name, value in given if isinstance(value, _KEPT.get(name, ()))}
     path = options.get("hf_model_config_path")
-    if path is not None and not (Path(str(path)).expanduser() / "config.json").is_file():
+    if path is not None and not is_file(expanded(str(path)) / "config.json"):
         options["hf_model_config_path"] = str(_recorded_config(receipt) or subject.directory)
     return options
 
@@ -82,7 +109,7 @@ def _recorded_config(receipt: Mapping[str, Any]) -> Path | None:
     """Where the merge found config.json, by its absolute path, if it is there still."""
     source = receipt.get("source")
     recorded = source.get("config_dir") if isinstance(source, dict) else None
-    return Path(recorded) if isinstance(recorded, str) and (Path(recorded) / "config.json").is_file() else None
+    return Path(recorded) if isinstance(recorded, str) and is_file(Path(recorded) / "config.json") else None
 
 
 def _dialect(subject: Subject) -> dict[str, str]:
@@ -116,8 +143,14 @@ def _unrecorded(dtype: str) -> Finding:
     )
 
 
-def as_finding(error: NbmergeError, what: str) -> Finding:
-    """An error of the comparison's own making, as a finding."""
+def as_finding(error: Exception, what: str) -> Finding:
+    """An error as a finding: what a check could not do."""
+    if not isinstance(error, NbmergeError):
+        return Finding(
+            what, "", one_line(f"{type(error).__name__}: {error}"),
+            why="no one foresaw what is there, or the machine refused to read it",
+            fix="look at what it names; if that is as it should be, report it",
+        )  # fmt: skip
     problems = error.problems
     more = f" (and {len(problems) - 1:,} more)" if problems[1:] else ""
     first = problems[0]

@@ -8,8 +8,10 @@ from typing import Any
 
 from nbmerge.engine.pool import Pool, default_workers
 from nbmerge.errors import plural
-from nbmerge.receipt import RECEIPT_NAME, sha256_of
-from nbmerge.validation.findings import Check, Finding, Outcome
+from nbmerge.receipt import RECEIPT_NAME, SCHEMA
+from nbmerge.validation.beside import added, recorded_beside, severity_of
+from nbmerge.validation.findings import WARNING, Check, Finding, Outcome
+from nbmerge.validation.on_disk import digest_of, is_file, is_inside, size_of
 from nbmerge.validation.subject import Subject
 
 _CHANGED = "the file was changed, damaged or replaced after the merge"
@@ -17,60 +19,92 @@ _FIX = "merge again; if the change was meant, remove the receipt, which speaks o
 
 
 class ReceiptCheck(Check):
-    """Every file that the receipt lists is there and has its size."""
+    """Every file that the receipt lists is there and has its size, and small ones their sha256, if it is recorded."""
 
     name = "receipt"
-    title = "every file that the merge wrote is there, with its size"
+    title = "every file that the merge wrote is there, as its receipt describes it"
 
     def run(self, subject: Subject) -> Outcome:
-        """Compares the receipt with the directory's listing."""
+        """Compares the receipt with the directory's listing, and hashes the small files."""
         if not (subject.directory / RECEIPT_NAME).exists():
             return Outcome(said=f"there is no {RECEIPT_NAME}: the directory was not merged by nbmerge", ran=False)
-        files, sides = _written(subject), _names(subject.receipt, "side_files")
+        files = _written(subject)
+        sides = {name: entry for name, entry in recorded_beside(subject).items() if is_inside(name)}
         if not files:
             fault = Finding("cannot be read", RECEIPT_NAME, "it lists no files", why="it was edited or cut", fix=_FIX)
             return Outcome((fault,), "it lists no files")
-        findings = [*_weights(subject, files), *_missing(subject.directory, sides)]
-        said = f"{plural(len(files), 'weight file')} and {plural(len(sides), 'further file')} of the merge"
+        hashed = {name: entry for name, entry in sides.items() if entry.get("sha256")}
+        findings = [
+            *_of_another_version(subject), *_weights(subject, files), *_missing(subject.directory, list(sides)),
+            *_changed(subject.directory, hashed), *(_addition(name) for name in added(subject.directory, set(sides))),
+        ]  # fmt: skip
+        said = f"{plural(len(files), 'weight file')} and {plural(len(sides), 'further file')} of the merge: sizes"
+        said += f", and the sha256 of {plural(len(hashed), 'small one')}" if hashed else " of the weight files"
         return Outcome(tuple(findings), said)
+
+
+def _of_another_version(subject: Subject) -> Iterator[Finding]:
+    schema = (subject.receipt or {}).get("schema")
+    if schema != SCHEMA or isinstance(schema, bool):
+        yield Finding(
+            "is of another version", RECEIPT_NAME, f"its schema is {schema!r}; this version reads {SCHEMA}",
+            why="another version of nbmerge wrote it, or it was edited; what it says may be misread",
+            fix="validate with the version that merged, or pass checkpoint= to prove the values themselves",
+            severity=WARNING,
+        )  # fmt: skip
 
 
 def _written(subject: Subject) -> list[Mapping[str, Any]]:
     """The receipt's entries of weight files; those that are none are left out."""
     listed = subject.receipt.get("files") if subject.receipt else None
     entries = listed if isinstance(listed, list) else []
-    return [each for each in entries if isinstance(each, dict) and _is_inside(each.get("name"))]
-
-
-def _names(receipt: Mapping[str, Any] | None, key: str) -> list[str]:
-    listed = receipt.get(key) if receipt else None
-    return [name for name in listed if _is_inside(name)] if isinstance(listed, list) else []
-
-
-def _is_inside(name: object) -> bool:
-    """Whether it names a file below the directory."""
-    return isinstance(name, str) and bool(name) and not Path(name).is_absolute() and ".." not in Path(name).parts
+    return [each for each in entries if isinstance(each, dict) and is_inside(each.get("name"))]
 
 
 def _weights(subject: Subject, files: list[Mapping[str, Any]]) -> Iterator[Finding]:
     yield from _missing(subject.directory, [entry["name"] for entry in files])
     for entry in files:
-        path = subject.directory / entry["name"]
-        if path.is_file() and path.stat().st_size != entry.get("bytes"):
+        size = size_of(subject.directory / entry["name"])
+        if size is not None and size != entry.get("bytes"):
             yield Finding(
                 "has another size than when it was merged", entry["name"],
-                f"{path.stat().st_size:,} bytes, the receipt says {entry.get('bytes')!r}", why=_CHANGED, fix=_FIX,
+                f"{size:,} bytes, the receipt says {entry.get('bytes')!r}", why=_CHANGED, fix=_FIX,
             )  # fmt: skip
 
 
 def _missing(directory: Path, names: list[str]) -> Iterator[Finding]:
     for name in names:
-        if not (directory / name).is_file():
+        if not is_file(directory / name):
             yield Finding(
                 "was written by the merge, and is missing", name,
                 why="it was deleted, or not copied with the rest",
                 fix="copy it from where the merge wrote it, or merge again",
             )  # fmt: skip
+
+
+def _changed(directory: Path, recorded: Mapping[str, Mapping[str, Any]]) -> Iterator[Finding]:
+    """Small files that are not what the merge wrote: an error where they decide the model or its tokens."""
+    for name, entry in recorded.items():
+        digest = digest_of(directory / name)
+        if digest in ("", entry["sha256"]):  # one that is missing, or cannot be read, is told elsewhere
+            continue
+        yield Finding(
+            "was changed after the merge", name,
+            f"{size_of(directory / name) or 0:,} bytes, {entry.get('bytes')!r} when it was written",
+            why="it was edited, or copied from another model",
+            fix="copy it again from the checkpoint, or merge again; if the change was meant, choose the other "
+            "checks: checks= (--checks)",
+            severity=severity_of(name),
+        )  # fmt: skip
+
+
+def _addition(name: str) -> Finding:
+    return Finding(
+        "was added after the merge", name,
+        why="transformers uses code and templates that lie beside the weights",
+        fix="remove it unless you put it there",
+        severity=WARNING,
+    )  # fmt: skip
 
 
 class DigestsCheck(Check):
@@ -90,20 +124,12 @@ class DigestsCheck(Check):
         found: dict[str, str] = {}
         with Pool(self._workers or default_workers()) as pool:
             for name in recorded:
-                pool.submit(lambda name=name: found.update({name: _digest(subject.directory / name)}))  # type: ignore[misc]
+                pool.submit(lambda name=name: found.update({name: digest_of(subject.directory / name)}))  # type: ignore[misc]
             pool.drain()
         findings = [
             _unlike(name, found[name], want) for name, want in recorded.items() if found[name] not in ("", want)
         ]
         return Outcome(tuple(findings), f"hashed {plural(sum(map(bool, found.values())), 'file')}")
-
-
-def _digest(path: Path) -> str:
-    """The sha256 of a file; empty where it cannot be read, which is another check's finding."""
-    try:
-        return sha256_of(path)
-    except OSError:
-        return ""
 
 
 def _unlike(name: str, found: str, want: object) -> Finding:

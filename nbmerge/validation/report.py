@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nbmerge.errors import NotSupportedError, VerificationError, plural
+from nbmerge.errors import NotSupportedError, Problem, VerificationError, plural
 from nbmerge.shown import Displayed
 from nbmerge.validation.findings import ERROR, SKIPPED, WARNED, CheckResult, Finding, FindingGroup, grouped
 
@@ -20,7 +20,8 @@ class ValidationReport(Displayed):
     """What is proven of a directory, and what is not.
 
     results: every check in the order in which it ran; sources: what the values were compared with, by what it is
-    (`checkpoint`, `reference`); nbytes: of the directory's tensors; seconds: of all checks together.
+    (`checkpoint`, `reference`); nbytes: of the directory's tensors; seconds: of all checks together; asked: checks
+    that were asked for by name.
     """
 
     directory: Path
@@ -29,11 +30,18 @@ class ValidationReport(Displayed):
     tensors: int = 0
     nbytes: int = 0
     seconds: float = 0.0
+    asked: tuple[str, ...] = ()
 
     @property
     def ok(self) -> bool:
-        """Whether no check that ran found an error."""
-        return not any(finding.severity == ERROR for finding in self.findings)
+        """Whether checks were run, among them all that were asked for by name, and none found an error."""
+        ran = any(result.status != SKIPPED for result in self.results)
+        return ran and not self.unproved and not any(finding.severity == ERROR for finding in self.findings)
+
+    @property
+    def unproved(self) -> tuple[CheckResult, ...]:
+        """The checks that were asked for by name and could not be run."""
+        return tuple(one for one in self.results if one.name in self.asked and one.status == SKIPPED)
 
     @property
     def findings(self) -> tuple[Finding, ...]:
@@ -54,24 +62,47 @@ class ValidationReport(Displayed):
     @property
     def sentence(self) -> str:
         """The outcome in a sentence."""
+        return "; ".join(filter(None, (self._verdict, self._sampled, self._left)))
+
+    @property
+    def _verdict(self) -> str:
         errors = sum(finding.severity == ERROR for finding in self.findings)
         warned = [result.name for result in self.results if result.status == WARNED]
-        left = [result.name for result in self.results if result.status == SKIPPED]
-        ran = len(self.results) - len(left)
-        verdict = f"valid: {plural(ran, 'check')} passed" if self.ok else f"not valid: {plural(errors, 'error')}"
-        if warned:
-            verdict += (
-                f", {len(warned):,} of them with warnings" if self.ok else f", and warnings of {', '.join(warned)}"
+        if self.ok:
+            ran = sum(result.status != SKIPPED for result in self.results)
+            return f"valid: {plural(ran, 'check')} passed" + (
+                f", {len(warned):,} of them with warnings" if warned else ""
             )
-        return verdict + (f"; not run: {', '.join(left)}" if left else "")
+        lacking = " and ".join(result.name for result in self.unproved)
+        said = f"not proved: {lacking} could not be run" if lacking else "not proved: no check could be run"
+        if errors:
+            said = f"not valid: {plural(errors, 'error')}"
+        return said + (f", and warnings of {', '.join(warned)}" if warned else "")
+
+    @property
+    def _sampled(self) -> str:
+        sampled = [result for result in self.results if result.outcome.share < 1]
+        if not sampled:
+            return ""
+        share = min(result.outcome.share for result in sampled)
+        return f"only a sample of {100 * share:.1f}% of the bytes: {', '.join(result.name for result in sampled)}"
+
+    @property
+    def _left(self) -> str:
+        told = self.unproved if self._verdict.startswith("not proved") else ()
+        left = [result.name for result in self.results if result.status == SKIPPED and result not in told]
+        return f"not run: {', '.join(left)}" if left else ""
 
     def raise_if_failed(self) -> None:
-        """Raises VerificationError with all errors, if there are any."""
+        """Raises VerificationError with all errors, and all that was asked for and not run, if there is any."""
+        if self.ok:
+            return
         problems = [finding.as_problem() for finding in self.findings if finding.severity == ERROR]
-        if problems:
-            raise VerificationError(
-                f"{self.directory} is not valid: {plural(len(problems), 'error')}", problems=problems
-            )
+        said = f"not valid: {plural(len(problems), 'error')}" if problems else self.sentence
+        problems += [
+            Problem(f"{one.name} was asked for, and could not be run", one.outcome.said) for one in self.unproved
+        ]
+        raise VerificationError(f"{self.directory} is {said}", problems=problems)
 
     def to_dataframe(self) -> pandas.DataFrame:
         """A row for each finding, and one for each check without any: check, status, severity, subject, what, detail,

@@ -10,6 +10,7 @@ from typing import Any
 
 from nbmerge.errors import NbmergeError, listing
 from nbmerge.validation.computing import forward, generated, is_out_of_memory, prompt
+from nbmerge.validation.expectation import names_unloaded
 from nbmerge.validation.findings import Check, Finding, Outcome
 from nbmerge.validation.loading import LoadedModel, load_model, obstacle
 from nbmerge.validation.quiet import first_line, quiet_transformers
@@ -51,9 +52,7 @@ class RunningCheck(Check):
 
     def _computed(self, subject: Subject, loaded: LoadedModel) -> tuple[Outcome, Any, list[int]]:
         """The outcome of loading, a pass and generation; the logits, None where there are none; the prompt's tokens."""
-        receipt = subject.receipt or {}
-        unloaded = receipt.get("unloaded")
-        findings = loaded.findings(map(str, unloaded) if isinstance(unloaded, list) else ())
+        findings = loaded.findings(names_unloaded(subject))
         model = loaded.model
         said = f"{type(model).__name__} in {str(model.dtype).removeprefix('torch.')}"
         if loaded.missing or loaded.mismatched:
@@ -61,10 +60,10 @@ class RunningCheck(Check):
         tokenizer = load_tokenizer(subject).tokenizer
         tokens = prompt(model, tokenizer)
         if not tokens:
-            return Outcome(tuple(findings), f"{said}; it takes no tokens, and nothing was computed"), None, []
+            return _nothing_computed(findings, f"{said}; it takes no tokens, and nothing was computed"), None, []
         passed = forward(model, tokens)
         if passed.logits is None:
-            return Outcome((*findings, *passed.findings), f"{said}; {passed.said}"), None, tokens
+            return _nothing_computed([*findings, *passed.findings], f"{said}; {passed.said}"), None, tokens
         text, more = generated(model, tokenizer, tokens, self._new_tokens)
         whole = Outcome((*findings, *passed.findings, *more), "; ".join(filter(None, (said, passed.said, text))))
         return whole, passed.logits, tokens
@@ -85,6 +84,11 @@ class RunningCheck(Check):
         if passed.logits is None:
             return Outcome(said=f"the reference computes nothing: {passed.said}")
         return _difference(logits, passed.logits, self._atol, self._rtol)
+
+
+def _nothing_computed(findings: list[Finding], said: str) -> Outcome:
+    """An outcome that proves no logits: it failed where there is a finding, and was not run where there is none."""
+    return Outcome(tuple(findings), said, ran=bool(findings))
 
 
 @contextmanager

@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from nbmerge.errors import NbmergeError, plural
+from nbmerge.errors import NbmergeError, listing, plural
 from nbmerge.geometry import Shape
 from nbmerge.naming.prefixes import strip_wrappers
-from nbmerge.validation.expectation import Expectation
+from nbmerge.validation.expectation import Expectation, names_a_method, quantization_configs
 from nbmerge.validation.findings import WARNING, Check, Finding, Outcome
+from nbmerge.validation.quiet import first_line
 from nbmerge.validation.subject import Subject
 
 _BLOCK = 2**20  # bytes that are compared at a time
@@ -37,19 +38,60 @@ class StructureCheck(Check):
             return Outcome(said=expected, ran=False)
         if isinstance(expected, NbmergeError):
             return _no_model(expected)
-        findings = [*_missing(expected), *_unexpected(expected), *_mismatched(expected)]
+        lost = set(_lost(subject, expected))
+        findings = [
+            *_unread(subject, expected, lost), *_missing(expected, lost), *_unexpected(expected),
+            *_mismatched(expected), *_unnamed_quantization(subject),
+        ]  # fmt: skip
         said = f"{plural(len(expected.shapes), 'tensor')} of {expected.facts.class_name}"
         if expected.in_memory and not expected.facts.published.keys() >= expected.shapes.keys():
             said += ", under the names that transformers has in memory"
-        if unloaded := [
-            name for name in expected.found if name in expected.unloaded or expected.facts.is_ignored(name)
-        ]:
-            said += f", and {len(unloaded):,} that it knows and does not load"
+        if expected.unloaded:
+            said += f", and {len(expected.unloaded):,} that it knows and does not load"
         return Outcome(tuple(findings), said)
 
 
-def _missing(expected: Expectation) -> Iterator[Finding]:
-    for name in expected.missing():
+def _lost(subject: Subject, expected: Expectation) -> list[str]:
+    """Tensors of the class that are missing because a file could not be read: where the index says which, those."""
+    if not subject.unread:
+        return []
+    index = subject.index
+    return [name for name in expected.missing() if not index or index.get(name) in subject.unread]
+
+
+def _unread(subject: Subject, expected: Expectation, lost: set[str]) -> Iterator[Finding]:
+    if lost or subject.unread:
+        of = f"{len(lost):,} of the {plural(len(expected.shapes), 'tensor')} of {expected.facts.class_name}"
+        yield Finding(
+            "cannot be read, and what it holds could not be compared", listing(subject.unread),
+            f"{of} were not found: {listing(name for name in expected.shapes if name in lost)}",
+            why="the file is damaged, or is not there; the checks `headers` and `index` say which",
+            fix="mend what those checks found, and validate again",
+        )  # fmt: skip
+    elif not subject.headers:
+        yield Finding(
+            "holds no safetensors files", str(subject.directory),
+            f"{expected.facts.class_name} has {plural(len(expected.shapes), 'tensor')}",
+            why="the check `headers` says what the directory has instead",
+            fix="pass the directory that a merge wrote",
+        )  # fmt: skip
+
+
+def _unnamed_quantization(subject: Subject) -> Iterator[Finding]:
+    if not all(map(names_a_method, quantization_configs(subject))):
+        yield Finding(
+            "has a quantization_config that names no quant_method", "config.json",
+            "the tensors were compared as weights that are not quantised",
+            why="transformers and servers refuse such a config, or take the weights for packed ones",
+            fix="remove quantization_config from config.json, or write the method's whole one",
+            severity=WARNING,
+        )  # fmt: skip
+
+
+def _missing(expected: Expectation, lost: set[str]) -> Iterator[Finding]:
+    for name in expected.missing() if expected.found else ():
+        if name in lost:
+            continue
         yield Finding(
             "is missing", name, f"shape {list(expected.shapes[name])}",
             why=f"{expected.facts.class_name} has it; without it, loading fills it with random values",
@@ -121,6 +163,8 @@ class TiedCheck(Check):
             return Outcome(said="the class is not known", ran=False)
         if not expected.tied:
             return Outcome(said=f"{expected.facts.class_name} ties nothing with this config")
+        if not expected.found:
+            return Outcome(said="there are no tensors that can be read", ran=False)
         both = [(alias, kept) for alias, kept in expected.tied.items() if {alias, kept} <= expected.found.keys()]
         findings = [_tie(subject, alias, kept) for alias, kept in both]
         said = f"{plural(len(expected.tied), 'tie')}, {len(both):,} of them written twice"
@@ -155,5 +199,6 @@ def _difference(subject: Subject, alias: str, kept: str) -> str:
         with LocalFiles() as sources:
             index = first_difference(a, b, _BLOCK, sources)
     except (NbmergeError, OSError) as error:
-        return f"they cannot be compared: {error}".splitlines()[0]
+        said = error.problem.what if isinstance(error, NbmergeError) else first_line(error)
+        return f"they cannot be compared: {said}"
     return "" if index is None else f"the first difference is at {list(index)}"

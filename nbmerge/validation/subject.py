@@ -70,6 +70,12 @@ class Subject:
         return [name for name in self.headers if name in named] or list(self.headers)
 
     @cached_property
+    def unread(self) -> list[str]:
+        """The files that should be loaded and cannot: their header cannot be read, or they are not there."""
+        files = self.loaded if WEIGHTS_NAME in self.headers else dict.fromkeys([*self.loaded, *self.index.values()])
+        return sorted(file for file in files if not isinstance(self.headers.get(file), Mapping))
+
+    @cached_property
     def entries(self) -> dict[str, tuple[str, Entry]]:
         """Every tensor of the files that are loaded and whose header is whole: its file and its entry."""
         return {

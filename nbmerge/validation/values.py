@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
@@ -83,14 +83,14 @@ class Comparator(ABC):
         """What the comparison found. names: the directory's tensors; what: they were compared with."""
         every = (*names, *self.stand_ins)
         differing = [self.differing(name, self._found[name]) for name in every if name in self._found]
-        return Outcome((*self.findings, *differing), f"{self._looked(scanned)} {what}")
+        return Outcome((*self.findings, *differing), f"{self._looked(scanned)} {what}", share=share_of(scanned))
 
     def _looked(self, scanned: Scanned) -> str:
         tensors = f"{len(self._shapes):,} tensors"
         if scanned.whole:
             return f"compared every element of {tensors} with"
-        share = 100 * scanned.nbytes / max(scanned.all_bytes, 1)
-        blocks = f"{scanned.blocks:,} of {scanned.all_blocks:,} blocks ({share:.1f}% of the bytes)"
+        share = f"{100 * share_of(scanned):.1f}% of the bytes"
+        blocks = f"{scanned.blocks:,} of {scanned.all_blocks:,} blocks ({share})"
         return f"sampled {blocks} of {tensors} against"
 
     def _place(self, name: str, difference: Difference) -> tuple[str, list[int]]:
@@ -177,8 +177,14 @@ class Close(Comparator):
         """As for every comparison; says how many tensors are close without being equal."""
         found = super().outcome(names, scanned, what)
         within = len(self.within - self._found.keys())
-        note = f"; {within:,} differ within the tolerance" if within else ", which holds the same bits"
-        return Outcome(found.findings, found.said + ("" if found.findings else note))
+        same = ", which holds the same bits" if scanned.whole else ", which holds the same bits there"
+        note = f"; {within:,} differ within the tolerance" if within else same
+        return replace(found, said=found.said + ("" if found.findings else note))
+
+
+def share_of(scanned: Scanned) -> float:
+    """The share of the bytes that was looked at; 1 only where nothing was left out."""
+    return 1.0 if scanned.whole else scanned.nbytes / max(scanned.all_bytes, 1)
 
 
 def same_words(a: Words, b: Words) -> bool:

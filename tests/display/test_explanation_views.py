@@ -57,7 +57,6 @@ class TestAnExplanation:
         assert [row[:2] for row in causes] == [
             ["replicated, concatenated", "strong"],
             ["ceil padding", "strong"],
-            ["flat alignment padding", "possible"],
         ]
         assert causes[0][2] == "8 = 8 · 1; 8 ranks wrote the checkpoint"
         assert causes[0][4] == "verl 4671, verl 7610, oumi 2618"

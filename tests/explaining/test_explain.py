@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import nbmerge
-from nbmerge.errors import ConfigError, NotACheckpointError, OptionError, PlanError
+from nbmerge.errors import ConfigError, NotACheckpointError, OptionError, PlanError, Problem, VerificationError
 from nbmerge.explainer import explain, parse_dims
 from nbmerge.explaining.candidates import Strength
 from nbmerge.explaining.explanation import Explanation
@@ -144,7 +145,8 @@ class TestErrors:
             nbmerge.open_checkpoint(tmp_path / "none")
         explanation = explain(caught.value)
         assert explanation.subjects == ()
-        assert_says(explanation.sentence, "no shape or name is wrong", "no such directory")
+        assert_says(explanation.sentence, "nothing of names or shapes that is known", "no such directory")
+        assert not explanation.fits
 
     def test_a_path_that_is_not_there_is_no_message(self, tmp_path: Path):
         refusal(NotACheckpointError, explain, str(tmp_path / "none"))
@@ -170,6 +172,284 @@ class TestErrors:
         with pytest.raises(RuntimeError) as caught:
             tiny_model("llama").load_state_dict(state)
         assert_says(explain(caught.value).diagnosis, "another size", "hidden_size 20", "hidden_size 16")
+
+
+SIZES = (
+    "size mismatch for a.weight: copying a param with shape torch.Size([3600]) from checkpoint, the shape in current "
+    "model is torch.Size([3584])."
+)
+
+
+class Mute(Exception):
+    def __str__(self) -> str:
+        raise RuntimeError("no text")
+
+
+def raised(make) -> BaseException:
+    with pytest.raises(BaseException) as caught:
+        make()
+    return caught.value
+
+
+def from_another():
+    try:
+        raise RuntimeError(SIZES)
+    except RuntimeError as error:
+        raise ValueError("could not load") from error
+
+
+def while_handling():
+    try:
+        raise RuntimeError(SIZES)
+    except RuntimeError:
+        raise ValueError("could not load")  # noqa: B904 - as a user's handler does
+
+
+def from_nothing():
+    try:
+        raise RuntimeError(SIZES)
+    except RuntimeError:
+        raise ValueError("could not load") from None
+
+
+def with_a_note() -> BaseException:
+    error = ValueError("could not load")
+    error.__notes__ = [SIZES]  # add_note of 3.11
+    return error
+
+
+class Group(Exception):
+    """As ExceptionGroup of 3.11, and the package of that name."""
+
+    def __init__(self, *exceptions: BaseException) -> None:
+        super().__init__("several")
+        self.exceptions = exceptions
+
+
+class TestWhatAnExceptionSays:
+    @pytest.mark.parametrize(
+        "error",
+        [raised(from_another), raised(while_handling), with_a_note(), Group(RuntimeError(SIZES)),
+         Group(ValueError("x"), Group(raised(from_another))), Group(with_a_note())],
+    )  # fmt: skip
+    def test_is_read_in_notes_groups_and_causes(self, error: BaseException):
+        (subject,) = explain(error).subjects
+        assert (subject.name, subject.got, subject.expected) == ("a.weight", (3600,), (3584,))
+
+    def test_keeps_what_of_a_group_cannot_be_read(self):
+        explanation = explain(Group(RuntimeError(SIZES), ValueError("disk full")))
+        assert [problem.what for problem in explanation.problems] == ["ValueError: disk full"]
+        assert_says(explanation.sentence, "1 problem beside the shapes")
+
+    @pytest.mark.parametrize(
+        "error",
+        [RuntimeError("CUDA out of memory"), ValueError(), KeyError(3), KeyError("x y"), Mute(), Group(ValueError("x")),
+         raised(from_nothing), KeyboardInterrupt()],
+    )  # fmt: skip
+    def test_that_is_not_known_fits_nothing(self, error: BaseException):
+        explanation = explain(error)
+        assert explanation.subjects == ()
+        assert not explanation.fits
+        assert_says(explanation.sentence, "nothing of names or shapes that is known")
+        (problem,) = explanation.problems
+        assert_says(problem.fix, "a checkpoint", "two shapes", "transformers")
+        assert "fits" not in str(explanation).lower()
+
+    def test_of_a_ring_of_causes_ends(self):
+        one, other = ValueError("a"), ValueError("b")
+        one.__cause__, other.__cause__ = other, one
+        assert explain(one).subjects == ()
+
+    def test_of_a_name_that_was_looked_up_does_not_say_where(self):
+        explanation = explain(KeyError("model.norm.weight"))
+        assert_says(explanation.sentence, "possibly", "does not say which")
+        assert_says(explanation.best.fix, "model.norm.weight")
+
+    def test_of_unlike_parts(self):
+        error = raised(lambda: torch.cat([torch.zeros(2, 8), torch.zeros(2, 3)]))
+        assert_says(explain(error).sentence, "dimension 0", "8 and 3")
+
+
+class TestWhatAValidationFound:
+    @pytest.fixture
+    def merged(self, tmp_path: Path) -> Path:
+        write_model_world(tmp_path / "ckpt", "llama", 2)
+        nbmerge.merge(tmp_path / "ckpt", tmp_path / "out")
+        return tmp_path / "out"
+
+    def failure(self, directory: Path, **options) -> VerificationError:
+        with pytest.raises(VerificationError) as caught:
+            nbmerge.validate(directory, progress=False, **options).raise_if_failed()
+        return caught.value
+
+    def test_of_shapes_is_explained(self, merged: Path):
+        write_config(merged, "llama", vocab_size=41)
+        error = self.failure(merged, checks=["structure"])
+        for explanation in (explain(error), explain(str(error))):
+            assert {subject.name for subject in explanation.mismatches} == {
+                "model.embed_tokens.weight",
+                "lm_head.weight",
+            }
+            assert explanation.best.pattern == "vocabulary resized"
+            assert explanation.problems == ()
+
+    def test_of_names_is_explained(self, merged: Path):
+        state = load_file(merged / "model.safetensors")
+        state["module.x.weight"] = state.pop("model.norm.weight")
+        save_file(state, merged / "model.safetensors", metadata={"format": "pt"})
+        explanation = explain(self.failure(merged, checks=["structure"]))
+        assert {(subject.name, subject.kind) for subject in explanation.subjects} == {
+            ("model.norm.weight", "missing"), ("module.x.weight", "unexpected")
+        }  # fmt: skip
+        assert {each.got or each.expected for each in explanation.subjects} == {(16,)}
+
+    def test_against_the_checkpoint_is_explained(self, merged: Path, tmp_path: Path):
+        state = load_file(merged / "model.safetensors")
+        state["model.norm.weight"] = torch.zeros(18)
+        state["extra"], state["lm_head.weight"] = torch.zeros(3), state["lm_head.weight"] + 1
+        del state["model.layers.0.input_layernorm.weight"]
+        save_file(state, merged / "model.safetensors", metadata={"format": "pt"})
+        report = nbmerge.validate(merged, checkpoint=tmp_path / "ckpt", no_run=True, progress=False)
+        with pytest.raises(VerificationError) as caught:
+            report.raise_if_failed()
+        explanation = explain(caught.value)
+        kinds = {subject.name: subject.kind for subject in explanation.subjects}
+        assert kinds == {
+            "model.norm.weight": "mismatch", "extra": "unexpected", "model.layers.0.input_layernorm.weight": "missing"
+        }  # fmt: skip
+        assert any("lm_head.weight" in problem.what for problem in explanation.problems)
+        assert_says(explanation.sentence, "beside the shapes")
+
+    def test_that_is_not_understood_is_not_said_to_be_right(self, merged: Path):
+        error = VerificationError("x", problems=[Problem("a.weight holds NaN", "3 elements"), Problem("b", "c")])
+        explanation = explain(error)
+        assert (explanation.subjects, len(explanation.problems)) == ((), 2)
+        assert not explanation.fits
+        assert_says(explanation.sentence, "nothing of names or shapes that is known", "holds NaN", "1 of 2 problems")
+
+    def test_of_another_dtype_is_no_other_shape(self):
+        problem = Problem(
+            "a.weight has another shape or dtype than the reference", "float32 [3] here, bfloat16 [3] there"
+        )
+        assert explain(VerificationError("x", problems=[problem])).problems == (problem,)
+
+
+class TestTexts:
+    @pytest.mark.parametrize(
+        "text",
+        ["", "  ", "RuntimeError: something else happened", "x " * 300, "y" * 300, "a\nb", "Error in /a/b: it failed",
+         "\0", "~nobody_of_this_name/x y: z"],
+    )  # fmt: skip
+    def test_that_are_neither_path_nor_message_are_said_to_be(self, text: str, tmp_path: Path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        message = refusal(OptionError, explain, text)
+        assert "neither a path nor a message that is known" in message or "no path" in message
+        assert_says(message, "fix:")
+
+    @pytest.mark.parametrize("text", ["none/ckpt", "/none at all", "run 3/actor", "actor"])
+    def test_that_are_like_paths_are_told_as_such(self, text: str, tmp_path: Path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        refusal(NotACheckpointError, explain, text)
+
+    @pytest.mark.parametrize("path", [Path("y" * 300), Path("~nobody_of_this_name/x")])
+    def test_that_no_file_system_has_are_told(self, path: Path):
+        assert_says(refusal(OptionError, explain, path), "no path")
+
+    def test_that_are_too_long_are_read_in_part_and_said_to_be(self):
+        explanation = explain(SIZES + " " * 1_000_000)
+        assert [subject.name for subject in explanation.subjects] == ["a.weight"]
+        (problem,) = explanation.problems
+        assert_says(problem.what, f"{len(SIZES):,} characters", "not read")
+
+
+class TestOptions:
+    @pytest.fixture
+    def ckpt(self, tmp_path: Path) -> Path:
+        return write_model_world(tmp_path / "ckpt", "llama", 2)
+
+    def test_config_is_the_config_of_a_checkpoint(self, ckpt: Path, tmp_path: Path):
+        where = config(tmp_path, "llama", vocab_size=41)
+        expected = explain(ckpt, hf_model_config_path=where).subjects
+        assert expected
+        assert explain(ckpt, config=where).subjects == expected
+        assert explain(nbmerge.open_checkpoint(ckpt), config=where).subjects == expected
+        nbmerge.merge(ckpt, tmp_path / "out")
+        assert explain(tmp_path / "out", config=where).subjects[0].got == expected[0].got
+
+    def test_hf_model_config_path_is_the_config_of_a_message(self, tmp_path: Path):
+        where = config(tmp_path, "llama")
+        said = ("size mismatch for layers.0.self_attn.k_proj.weight: copying a param with shape torch.Size([16, 16]) "
+                "from checkpoint, the shape in current model is torch.Size([8, 16]).")  # fmt: skip
+        for subject in (said, RuntimeError(said)):
+            found = explain(subject, hf_model_config_path=where)
+            assert found.best.pattern == "query and key-value sizes exchanged"
+
+    @pytest.mark.parametrize(
+        ("options", "words"),
+        [({"config": {"vocab_size": 1}}, "mapping"), ({"ranks": 3}, "2 ranks wrote"), ({"ranks": "2"}, "ranks='2'"),
+         ({"ranks": 0}, "ranks=0"), ({"ranks": True}, "ranks=True"), ({"name": 5}, "name=5"),
+         ({"config": 3}, "config=3"), ({"nope": 1}, "nope"), ({"dtype": "nope"}, "nope"),
+         ({"config": "a", "hf_model_config_path": "b"}, "two names")],
+    )  # fmt: skip
+    def test_that_cannot_be_honoured_are_refused(self, ckpt: Path, options, words: str):
+        assert_says(refusal(OptionError, explain, ckpt, **options), words, "fix:")
+        assert_says(refusal(OptionError, explain, nbmerge.open_checkpoint(ckpt), **options), words, "fix:")
+
+    def test_cannot_change_a_plan_a_message_or_shapes(self, ckpt: Path, tmp_path: Path):
+        where = config(tmp_path, "llama")
+        plan = nbmerge.plan_merge(ckpt)
+        assert_says(refusal(OptionError, explain, plan, config=where), "cannot change a plan")
+        assert_says(refusal(OptionError, explain, plan, ranks=3), "2 ranks wrote")
+        assert_says(refusal(OptionError, explain, SIZES, is_value_model=True), "is_value_model", "a message")
+        assert_says(refusal(OptionError, explain, RuntimeError(SIZES), backend="fsdp"), "backend", "an error")
+        assert_says(refusal(OptionError, explain, got=1, expected=2, dtype="bf16"), "dtype", "two shapes")
+
+    def test_cannot_change_a_directory_unless_it_is_the_models(self, ckpt: Path, tmp_path: Path):
+        nbmerge.merge(ckpt, tmp_path / "out")
+        assert_says(refusal(OptionError, explain, tmp_path / "out", mesh_shape="2"), "mesh_shape", "directory")
+        assert explain(tmp_path / "out", backend="hf").fits
+        tied = explain(tmp_path / "out", tie_word_embedding=True)
+        assert [subject.name for subject in tied.subjects] in ([], ["lm_head.weight"])
+
+    def test_ranks_decide_where_a_directory_does_not_say_them(self, ckpt: Path, tmp_path: Path):
+        nbmerge.merge(ckpt, tmp_path / "out")
+        state = load_file(tmp_path / "out" / "model.safetensors")
+        state["model.norm.weight"] = torch.zeros(18)
+        save_file(state, tmp_path / "out" / "model.safetensors", metadata={"format": "pt"})
+        explanation = explain(tmp_path / "out", ranks=3)
+        assert (explanation.best.pattern, explanation.best.counts) == ("ceil padding", (3,))
+        assert explanation.best.strength is Strength.STRONG
+        assert explanation.ranks == 3
+
+    def test_ranks_that_are_the_checkpoints_own_are_taken(self, ckpt: Path):
+        assert explain(ckpt, ranks=2).fits
+
+
+class TestOtherModels:
+    def test_an_actor_under_a_critics_config(self, tmp_path: Path):
+        write_model_world(tmp_path / "ckpt", "llama", 2)
+        where = config(tmp_path, "llama", architectures=["LlamaForTokenClassification"])
+        for explanation in (explain(tmp_path / "ckpt", config=where), explain(tmp_path / "ckpt", is_value_model=True)):
+            assert explanation.best.pattern == "another head"
+            assert_says(explanation.sentence, "lm_head.weight in the checkpoint, score.weight in the model")
+
+    def test_of_more_layers(self, tmp_path: Path):
+        write_model_world(tmp_path / "ckpt", "llama", 2)
+        explanation = explain(tmp_path / "ckpt", config=config(tmp_path, "llama", num_hidden_layers=3))
+        assert explanation.best.pattern == "another number of layers"
+        assert_says(explanation.sentence, "the checkpoint has 2 layers, and the model of config.json 3")
+        assert {subject.best.pattern for subject in explanation.subjects} == {"another number of layers"}
+
+    def test_of_more_layers_is_told_from_a_loading_error(self):
+        from tests.support.models import tiny_model
+
+        state = {name: tensor for name, tensor in memory_state("llama").items() if ".layers.1." not in name}
+        with pytest.raises(RuntimeError) as caught:
+            tiny_model("llama").load_state_dict(state)
+        explanation = explain(caught.value)
+        assert explanation.best.pattern == "another number of layers"
+        assert_says(explanation.best.sentence, "the checkpoint ends after 1 layer")
+        assert explanation.best.strength is Strength.FAIR
 
 
 class TestShapes:
@@ -213,8 +493,6 @@ class TestDirectories:
         assert_says(explain(tmp_path / "out", "model.norm.weight").sentence, "fits")
 
     def test_without_a_config(self, tmp_path: Path):
-        from safetensors.torch import save_file
-
         save_file({"a": torch.zeros(3)}, tmp_path / "model.safetensors")
         refusal(ConfigError, explain, tmp_path)
 
@@ -230,3 +508,7 @@ def test_patterns_import_no_torch_and_no_display(module: str):
 
 def test_an_explanation_of_nothing_says_so():
     assert_says(Explanation("x", checked=3).sentence, "every tensor fits", "3 tensors")
+    assert Explanation("x", checked=3).fits
+    assert_says(Explanation("x").sentence, "nothing of names or shapes")
+    assert not Explanation("x").fits
+    assert_says(Explanation("x", problems=(Problem("p"),), checked=3).sentence, "p; no known pattern")

@@ -71,7 +71,7 @@ class TestWhatWasDoneToAShape:
     def test_padding_was_kept(self, shape, n, dim):
         dim %= len(shape)
         padded = n * -(-shape[dim] // n)
-        assume(padded != shape[dim])
+        assume(padded != shape[dim] and -(-shape[dim] // n) > 1)  # one row each needs the number of ranks
         is_first("ceil padding", (*shape[:dim], padded, *shape[dim + 1 :]), shape, n)
 
     @given(st.lists(sizes, min_size=1, max_size=3).map(tuple), ranks, st.integers(0, 2), st.booleans())
@@ -225,6 +225,141 @@ class TestTheSentenceOfAnError:
 
     def test_does_not_guess(self):
         assert why(ask((5, 7), (3, 11)), "no idea") == "no idea"
+
+
+class TestImplausibleNumbersOfRanks:
+    """What the arithmetic allows and nobody has is not offered: n · ⌈size/n⌉ with n = total is true of any shapes."""
+
+    @pytest.mark.parametrize(("got", "expected"), [(5120, 4096), (4096, 3584)])
+    def test_another_hidden_size_is_no_padding(self, got: int, expected: int):
+        found = causes((got,), (expected,), "model.norm.weight")
+        assert "ceil padding" not in found
+        assert first_ones(found) == ["another size"]
+        assert f"hidden_size is {got} in" in found["another size"].evidence[0]
+        assert f"{expected} in" in found["another size"].evidence[0]
+
+    def test_padding_to_a_number_nobody_meets_is_only_possible(self):
+        found = causes((3 * 101,), (300,), "a.bias")["ceil padding"]
+        assert (found.counts, found.strength) == ((101,), Strength.WEAK)
+
+    @given(st.integers(1, 10**6), st.integers(1, 10**6))
+    def test_are_never_offered(self, got: int, expected: int):
+        for name in ("", "flat_param"):
+            for each in causes((got,), (expected,), name).values():
+                if each.pattern in ("ceil padding", "flat alignment padding"):
+                    assert all(2 <= n <= 512 and n < expected and -(-expected // n) >= 2 for n in each.counts)
+
+    def test_one_row_each_is_offered_where_the_number_is_known(self):
+        assert "ceil padding" in causes((8,), (1,), "", 8)
+        assert "ceil padding" not in causes((8,), (1,), "")
+
+    def test_a_vocabulary_is_resized_or_padded_before_a_shard_is(self):
+        found = causes((151936, 896), (151665, 896), "model.embed_tokens.weight")
+        assert first_ones(found) == ["vocabulary resized"]
+        assert "151936 = 1187 · 128, as padded vocabularies are" in found["vocabulary resized"].evidence
+        assert next(iter(causes((152064, 896), (151936, 896), "lm_head.weight"))) == "vocabulary padded"
+        assert "1 token more" in causes((32001, 4), (32000, 4), "lm_head.weight")["vocabulary resized"].sentence
+        assert causes((151944, 896), (151936, 896), "lm_head.weight")["ceil padding"].strength is Strength.WEAK
+        assert first_ones(causes((151944, 896), (151936, 896), "lm_head.weight", 24)) == ["ceil padding"]
+
+
+class TestHeads:
+    HEAD, SCORE = {"lm_head.weight": (64, 4)}, {"score.weight": (1, 4)}
+
+    def of(self, got, expected, name: str, held, wanted, **config):
+        known = Known(None, config, held=held, wanted=wanted)
+        return candidates(Mismatch(got, expected, name, known))
+
+    @pytest.mark.parametrize("tied", [True, False])
+    def test_an_actor_under_a_critics_config(self, tied: bool):
+        config = {"architectures": ["Qwen2ForTokenClassification"], "tie_word_embeddings": tied}
+        for got, expected, name in ((None, (1, 4), "score.weight"), ((64, 4), None, "lm_head.weight")):
+            (found,) = self.of(got, expected, name, self.HEAD, self.SCORE, **config)
+            assert (found.pattern, found.strength) == ("another head", Strength.STRONG)
+            assert "the checkpoint has a language model's head" in found.sentence
+            assert "leave is_value_model out" in found.fix
+            assert "Qwen2ForTokenClassification" in found.evidence[1]
+
+    def test_a_critic_under_an_actors_config(self):
+        for got, expected, name in ((None, (64, 4), "lm_head.weight"), ((1, 4), None, "score.weight")):
+            (found,) = self.of(got, expected, name, self.SCORE, self.HEAD)
+            assert found.pattern == "another head"
+            assert "is_value_model=True" in found.fix
+
+    def test_a_critics_head_alone_is_likely(self):
+        (found,) = self.of((1, 4), None, "v_head.summary.weight", {}, {})
+        assert (found.pattern, found.strength) == ("another head", Strength.FAIR)
+        assert "the checkpoint has a critic's" in found.sentence
+        (found,) = self.of(None, (1, 4), "score.weight", {}, {})
+        assert "the model has a critic's" in found.sentence
+
+    def test_a_head_that_config_does_not_tie_is_no_copy(self):
+        embedding = {"model.embed_tokens.weight": (64, 4)}
+        held = {**embedding, **self.HEAD}
+        assert self.of((64, 4), None, "lm_head.weight", held, embedding, tie_word_embeddings=False) == ()
+        (found,) = self.of((64, 4), None, "lm_head.weight", held, embedding, tie_word_embeddings=True)
+        assert found.pattern == "tied head doubled"
+        (found,) = self.of((64, 4), None, "lm_head.weight", held, embedding)
+        assert (found.pattern, found.strength) == ("tied head doubled", Strength.FAIR)
+
+    def test_a_class_without_a_head_is_named(self):
+        (found,) = self.of((64, 4), None, "lm_head.weight", self.HEAD, {}, architectures=["Qwen2Model"])
+        assert (found.pattern, found.evidence) == ("another head", ("config.json names Qwen2Model",))
+
+    @pytest.mark.parametrize(
+        ("got", "expected", "words", "fix"),
+        [(1, 152064, "the checkpoint's head is that of a critic", "is_value_model=True"),
+         (152064, 1, "config.json makes the head of a critic", "leave is_value_model out"),
+         (5, 152064, "a classifier of 5 labels", "pass the config")],
+    )  # fmt: skip
+    def test_of_one_row_for_each_label_are_no_vocabulary(self, got: int, expected: int, words: str, fix: str):
+        found = causes((got, 3584), (expected, 3584), "lm_head.weight")
+        assert first_ones(found)[0] == "another head"
+        assert words in found["another head"].sentence and fix in found["another head"].fix
+        assert "vocabulary resized" not in found
+
+
+class TestLayers:
+    @staticmethod
+    def names(count: int) -> dict[str, tuple[int, ...]]:
+        return {f"model.layers.{i}.mlp.up_proj.weight": (8, 4) for i in range(count)}
+
+    @pytest.mark.parametrize(("held", "wanted"), [(3, 4), (4, 3)])
+    def test_of_another_number(self, held: int, wanted: int):
+        got, expected = (None, (8, 4)) if held < wanted else ((8, 4), None)
+        known = Known(None, {"num_hidden_layers": wanted}, held=self.names(held), wanted=self.names(wanted))
+        (found,) = candidates(Mismatch(got, expected, "model.layers.3.mlp.up_proj.weight", known))
+        assert (found.pattern, found.strength) == ("another number of layers", Strength.STRONG)
+        assert f"the checkpoint has {held} layers" in found.sentence
+        assert found.evidence[1] == f"config.json has num_hidden_layers {wanted}"
+        assert ("pipeline stage" in found.sentence) == (held < wanted)
+        assert f"set num_hidden_layers to {held}" in found.fix
+
+    def test_that_are_there_on_both_sides_are_something_else(self):
+        known = Known(held=self.names(4), wanted={**self.names(4), "model.layers.1.mlp.extra": (2,)})
+        assert candidates(Mismatch(None, (2,), "model.layers.1.mlp.extra", known)) == ()
+
+
+class TestManyNames:
+    def test_take_no_more_time_than_their_number(self):
+        """4,000 names on each side that share nothing: each question took a walk over all of them."""
+        import time
+
+        from nbmerge.explaining.subjects import subjects_of
+
+        words = ["".join(chr(97 + int(digit)) for digit in str(i)) for i in range(4000)]
+        held = {f"model.{word}.weight": (4,) for word in words}
+        wanted = {f"net.{word}.q_proj.kernel": (4,) for word in words}
+        known = Known(held=held, wanted=wanted)
+        asked = [Mismatch(None, (4,), name, known) for name in wanted] + [Mismatch((4,), None, n, known) for n in held]
+        begun = time.perf_counter()
+        assert len(subjects_of(asked)) == 8000
+        assert time.perf_counter() - begun < 10
+
+    def test_with_one_partner_for_all_are_told_with_a_few(self):
+        held = {f"{'module.' * count}a.weight": (4,) for count in range(1, 60)}
+        known = Known(held=held, wanted={"a.weight": (4,)})
+        assert len(candidates(Mismatch(None, (4,), "a.weight", known))) == 4
 
 
 def test_another_size_says_which():

@@ -80,7 +80,7 @@ class TestAnElementOfACheckpoint:
         ("index", "words"),
         [
             ((37, 0), ("[37, 0]", "outside", "[37, 16]")), ((0, -17), ("outside",)), (37 * 16, ("592", "outside")),
-            ((1,), ("1 numbers", "[37, 16]")), ((1, 2, 3), ("3 numbers",)), ("x", ("no index",)),
+            ((1,), ("1 number;", "[37, 16]", "give 2 numbers")), ((1, 2, 3), ("3 numbers",)), ("x", ("no index",)),
             ((1.5, 2), ("no index",)),
             (None, ("no index",)),
         ],
@@ -92,6 +92,35 @@ class TestAnElementOfACheckpoint:
     def test_of_an_unknown_name_is_told_with_the_near_ones(self, tmp_path: Path):
         write_model_world(tmp_path, "llama")
         assert_says(refusal(OptionError, where, tmp_path, "model.embed_token.weight", 0), "model.embed_tokens.weight")
+
+    def test_of_a_vector_takes_one_number(self):
+        assert_says(refusal(OptionError, checked_index, (1, 2), (4,), "x"), "2 numbers", "give 1 number")
+        assert_says(refusal(OptionError, checked_index, (1,), (), "x"), "1 number;", "give ()")
+
+    def test_is_not_looked_for_under_a_name_that_is_no_text(self, tmp_path: Path):
+        write_model_world(tmp_path, "llama")
+        assert_says(refusal(OptionError, where, tmp_path, 3, 0), "name=3", "fix:")
+
+    @pytest.mark.parametrize(
+        ("options", "words"),
+        [
+            ({"nope": 1}, "nope"),
+            ({"dtype": "nope"}, "nope"),
+            ({"dtype": "int8"}, "int8"),
+            ({"dialect": "x"}, "dialect"),
+        ],
+    )
+    def test_is_not_looked_for_with_options_that_are_none(self, tmp_path: Path, options, words: str):
+        write_model_world(tmp_path, "llama")
+        opened = nbmerge.open_checkpoint(tmp_path)
+        for source in (tmp_path, opened, nbmerge.plan_merge(tmp_path)):
+            assert_says(refusal(OptionError, where, source, "model.norm.weight", 3, **options), words)
+
+    def test_is_not_looked_for_with_options_that_come_too_late(self, tmp_path: Path):
+        write_model_world(tmp_path, "llama")
+        opened, plan = nbmerge.open_checkpoint(tmp_path), nbmerge.plan_merge(tmp_path)
+        assert_says(refusal(OptionError, where, opened, "model.norm.weight", 3, mesh_shape="2"), "mesh_shape")
+        assert_says(refusal(OptionError, where, plan, "model.norm.weight", 3, dtype="bfloat16"), "change a plan")
 
     def test_of_no_checkpoint(self, tmp_path: Path):
         refusal(NotACheckpointError, where, tmp_path / "none", "x", 0)
@@ -128,6 +157,15 @@ class TestAnElementOfAnOutput:
         assert found.steps == ("cast from float32 to bfloat16",)
         assert (found.dtype, found.stored_dtype, found.nbytes) == (BY_NAME["bfloat16"], BY_NAME["float32"], 4)
         assert bytes_at(found) == element_bytes(published_state("mixtral")[name].reshape(-1), (0,))
+
+    def test_through_a_cast_says_so_where_the_checkpoint_has_the_same_name(self, tmp_path: Path):
+        write_model_world(tmp_path, "llama")
+        plan = nbmerge.plan_merge(tmp_path, dtype="bfloat16")
+        for source, options in ((tmp_path, {"dtype": "bfloat16"}), (plan, {})):
+            found = where(source, "model.norm.weight", 3, **options)
+            assert found.steps == ("cast from float32 to bfloat16",)
+            assert bytes_at(found) == element_bytes(memory_state("llama")["model.norm.weight"], (3,))
+        assert where(tmp_path, "model.norm.weight", 3).steps == ()
 
     def test_that_is_a_constant_is_in_no_file(self, tmp_path: Path):
         source = checkpoint()

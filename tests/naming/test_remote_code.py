@@ -38,8 +38,7 @@ class PlusForCausalLM(PreTrainedModel):
 
 
 @pytest.fixture
-def remote_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+def remote_model(tmp_path: Path) -> Path:
     config_dir = tmp_path / "ckpt" / "huggingface"
     config_dir.mkdir(parents=True)
     auto_map = {"AutoConfig": "configuration_plus.PlusConfig", "AutoModelForCausalLM": "modeling_plus.PlusForCausalLM"}

@@ -98,7 +98,9 @@ def test_a_file_that_is_cut_short_is_damaged(whole: Path, cut: int):
         (b"[1]", b"", "is damaged"),
         (ONE, b"\0" * 5, "is damaged"),
         (b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,4]}}', b"\0" * 4, "is damaged"),
-        (b'{"a":{"dtype":"F4","shape":[1],"data_offsets":[0,4]}}', b"\0" * 4, "is damaged"),
+        (b'{"a":{"dtype":"F4","shape":[1],"data_offsets":[0,4]}}', b"\0" * 4, "holds a dtype that is not known"),
+        (b'{"a":{"dtype":["F4"],"shape":[1],"data_offsets":[0,4]}}', b"\0" * 4, "is damaged"),
+        (b'{"a":[3]}', b"\0" * 4, "is damaged"),
         (ONE.replace(b'"pt"', b"1"), b"\0" * 4, "is refused by the safetensors library"),
         (ONE[:-1] + b"," + ONE.partition(b'"pt"},')[2], b"\0" * 4, "names a tensor twice"),
     ],
@@ -106,6 +108,28 @@ def test_a_file_that_is_cut_short_is_damaged(whole: Path, cut: int):
 def test_a_header_that_is_wrong_is_found(tmp_path: Path, header: bytes, data: bytes, what: str):
     write_raw(tmp_path / "model.safetensors", header, data)
     only(run(HeadersCheck(), tmp_path), what)
+
+
+@pytest.mark.parametrize(
+    ("code", "why"), [("F8_E5M2FNUZ", "this version of nbmerge does not"), ("F7", "none of safetensors' dtypes")]
+)
+def test_a_dtype_that_is_not_known_is_not_called_damage(tmp_path: Path, code: str, why: str):
+    header = ONE.replace(b"F32", code.encode()).replace(b"[0,4]", b"[0,1]")
+    write_raw(tmp_path / "model.safetensors", header, b"\0")
+    finding = only(run(HeadersCheck(), tmp_path), "holds a dtype that is not known")
+    assert finding.detail.startswith(f"a is {code}")
+    assert why in finding.why
+
+
+def test_an_index_of_files_that_cannot_be_read_is_not_compared(whole: Path, shards: Path):
+    (whole / "model.safetensors").write_bytes(b"")
+    outcome = run(IndexCheck(), whole)
+    assert not outcome.ran
+    assert "not readable: model.safetensors" in outcome.said
+    first_shard(shards).write_bytes(b"")
+    outcome = run(IndexCheck(), shards)
+    assert outcome.ran
+    assert outcome.said.endswith(f"not readable: {first_shard(shards).name}")
 
 
 def test_a_file_without_the_framework_in_its_metadata_is_a_warning(whole: Path):

@@ -74,11 +74,17 @@ def test_what_the_merge_knew_not_to_be_loaded_is_fine_fused_or_not(tmp_path: Pat
         for name in [name for name in tensors if name.startswith("model.layers.1.")]:
             tensors[name.replace("layers.1.", "layers.2.")] = tensors[name].clone()
 
+        tensors["model.layers.2.eh_proj.weight"] = torch.ones(16, 32)
+
+    edit_json(directory / "config.json", num_nextn_predict_layers=0, num_mtp_layers=...)
     edit_tensors(directory, add_layer)
     assert sentences(run(RunningCheck(), directory)) == ["is not used by the model"]
     names = loading.Subject.of(directory).entries
     added = [name for name in names if name.startswith("model.layers.2.")]
     (directory / "nbmerge_receipt.json").write_text(json.dumps({"unloaded": added}))
+    assert sentences(run(RunningCheck(), directory)) == []
+    (directory / "nbmerge_receipt.json").unlink()
+    edit_json(directory / "config.json", num_nextn_predict_layers=1)
     assert sentences(run(RunningCheck(), directory)) == []
 
 
@@ -122,21 +128,35 @@ def test_a_model_that_does_not_load_is_found(whole: Path):
     only(run(RunningCheck(), whole), "cannot be loaded by transformers")
 
 
-def test_a_model_whose_pass_fails_is_found(whole: Path, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("mat1 and mat2 cannot be multiplied\nand more"),
+        TypeError("'NoneType' object cannot be interpreted as an integer"),
+    ],
+)
+def test_a_model_whose_pass_fails_is_found(whole: Path, monkeypatch: pytest.MonkeyPatch, error: Exception):
     from transformers import LlamaForCausalLM
 
     def fail(*_: Any, **__: Any) -> None:
-        raise RuntimeError("mat1 and mat2 cannot be multiplied\nand more")
+        raise error
 
     monkeypatch.setattr(LlamaForCausalLM, "forward", fail)
     detail = only(run(RunningCheck(), whole), "fails in a forward pass").detail
-    assert detail == "RuntimeError: mat1 and mat2 cannot be multiplied"
+    assert detail == f"{type(error).__name__}: {error}".splitlines()[0]
+
+
+def test_a_config_with_which_no_pass_is_possible_is_found(tmp_path: Path):
+    directory = clean(tmp_path / "model", "qwen2_tied")
+    windows = {"layer_types": ["sliding_attention"] * 2, "sliding_window": None, "use_sliding_window": True}
+    edit_json(directory / "config.json", **windows)
+    assert "TypeError: 'NoneType'" in only(run(RunningCheck(), directory), "fails in a forward pass").detail
 
 
 @pytest.mark.parametrize(
     ("error", "words"),
     [
-        (TypeError("missing pixel_values"), "no pass with tokens alone"),
+        (TypeError("f.forward() missing 1 required positional argument: 'pixels'"), "no pass with tokens alone"),
         (RuntimeError('"addmm" not implemented for Float8_e4m3fn'), "no pass on this machine"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "no pass on this machine"),
     ],
@@ -153,6 +173,37 @@ def test_a_pass_that_is_not_possible_here_is_said_and_no_finding(
     outcome = run(RunningCheck(whole), whole)
     assert sentences(outcome) == []
     assert words in outcome.said
+    assert not outcome.ran
+
+
+def test_generation_is_greedy_whatever_search_the_generation_config_asks_for(whole: Path):
+    said = run(RunningCheck(), whole).said
+    edit_json(
+        whole / "generation_config.json",
+        num_beams=50, num_return_sequences=3, stop_strings=["a"], do_sample=True, temperature=9.0,
+        repetition_penalty=5.0, max_length=3, prompt_lookup_num_tokens=2,
+    )  # fmt: skip
+    outcome = run(RunningCheck(), whole)
+    assert sentences(outcome) == []
+    assert outcome.said == said
+    assert "greedy: " in said
+
+
+@pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation"])
+def test_attention_that_is_not_installed_here_is_replaced(whole: Path, tmp_path: Path, key: str):
+    reference = clean(tmp_path / "reference", "llama")
+    edit_json(whole / "config.json", **{key: "flash_attention_2"})
+    outcome = run(RunningCheck(reference), whole)
+    assert sentences(outcome) == []
+    assert "bit for bit" in outcome.said
+
+
+def test_attention_of_a_part_of_the_model_is_replaced(tmp_path: Path):
+    directory = clean(tmp_path / "model", "qwen3_vl")
+    edit_json(directory / "config.json", attn_implementation={"text_config": "flash_attention_2"})
+    outcome = run(RunningCheck(), directory)
+    assert sentences(outcome) == []
+    assert "are finite" in outcome.said
 
 
 def test_a_model_that_cannot_generate_is_a_warning(whole: Path, monkeypatch: pytest.MonkeyPatch):
@@ -173,6 +224,7 @@ def test_a_model_of_images_is_loaded_and_nothing_is_computed(tmp_path: Path):
     outcome = run(RunningCheck(), tmp_path)
     assert sentences(outcome) == []
     assert outcome.said == "ResNetForImageClassification in float32; it takes no tokens, and nothing was computed"
+    assert not outcome.ran
 
 
 def test_a_model_that_is_too_large_for_the_memory_is_not_loaded(whole: Path, monkeypatch: pytest.MonkeyPatch):

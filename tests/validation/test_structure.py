@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import nbmerge
 from nbmerge.validation.element_types import DtypesCheck
 from nbmerge.validation.findings import WARNING
 from nbmerge.validation.structure import StructureCheck, TiedCheck
+from nbmerge.validation.subject import Subject
 from tests.support.models import write_model_world
 from tests.validation.directories import CLEAN, clean, edit_json, edit_tensors, only, run, sentences
 
@@ -48,14 +50,47 @@ def test_a_merge_has_no_findings_in_either_dialect(family: str, dialect: str, tm
     assert ("has in memory" in outcomes[0].said) == in_memory
 
 
-def test_tensors_that_the_merge_wrote_knowing_that_none_loads_them_are_fine(tmp_path: Path):
-    directory = clean(tmp_path / "model", "llama")
-    edit_tensors(directory, lambda tensors: tensors.update({"model.mtp.norm.weight": torch.ones(3)}))
-    only(run(StructureCheck(), directory), "is no tensor of LlamaForCausalLM")
-    (directory / "nbmerge_receipt.json").write_text('{"unloaded": ["model.mtp.norm.weight"]}')
-    outcome = run(StructureCheck(), directory)
+FURTHER = "model.layers.2."  # the layer after the last one of a tiny model
+
+
+@pytest.fixture
+def further(tmp_path: Path) -> Path:
+    """A DeepSeek-V3 whose config states no further layers, and that holds one with two tensors."""
+    directory = clean(tmp_path / "further", "deepseek_v3")
+    edit_json(directory / "config.json", num_nextn_predict_layers=0, num_mtp_layers=...)
+    edit_tensors(directory, lambda t: t.update({f"{FURTHER}{n}.weight": torch.ones(3) for n in ("enorm", "mlp.x")}))
+    return directory
+
+
+def test_a_further_layer_is_known_where_the_config_says_that_there_is_one(further: Path):
+    assert len(run(StructureCheck(), further).findings) == 2
+    edit_json(further / "config.json", num_nextn_predict_layers=1)
+    outcome = run(StructureCheck(), further)
     assert sentences(outcome) == []
-    assert "1 that it knows and does not load" in outcome.said
+    assert "2 that it knows and does not load" in outcome.said
+    edit_tensors(further, lambda tensors: rename(tensors, f"{FURTHER}mlp.x.weight", "model.layers.3.mlp.x.weight"))
+    assert only(run(StructureCheck(), further), "is no tensor").subject == "model.layers.3.mlp.x.weight"
+
+
+def test_a_further_layer_is_known_where_the_receipt_says_that_it_was_written(further: Path):
+    names = [f"{FURTHER}enorm.weight", f"{FURTHER}mlp.x.weight"]
+    (further / "nbmerge_receipt.json").write_text(json.dumps({"unloaded": names}))
+    assert sentences(run(StructureCheck(), further)) == []
+
+
+def test_a_layer_of_the_decoder_that_the_config_does_not_count_is_no_further_layer(tmp_path: Path):
+    directory = clean(tmp_path / "model", "deepseek_v3")
+    edit_json(directory / "config.json", num_hidden_layers=1, num_nextn_predict_layers=1, num_mtp_layers=...)
+    assert "is no tensor of DeepseekV3ForCausalLM" in sentences(run(StructureCheck(), directory))
+
+
+@pytest.mark.parametrize(
+    "name", ["model.mtp.norm.weight", "model.layers.0.extra.weight", "model.layers.2.extra.weight"]
+)
+def test_a_receipt_hides_no_other_tensor(whole: Path, name: str):
+    edit_tensors(whole, lambda tensors: tensors.update({name: torch.ones(3)}))
+    (whole / "nbmerge_receipt.json").write_text(json.dumps({"unloaded": [name]}))
+    assert only(run(StructureCheck(), whole), "is no tensor of LlamaForCausalLM").subject == name
 
 
 def test_a_tensor_that_is_missing_is_found(whole: Path):
@@ -128,9 +163,38 @@ def test_a_config_that_makes_no_model_is_one_finding(whole: Path, change: dict[s
     assert not run(DtypesCheck(), whole).ran
 
 
-def test_quantised_weights_are_not_judged(whole: Path):
-    edit_json(whole / "config.json", quantization_config={"quant_method": "fp8"})
+@pytest.mark.parametrize("given", [{"quant_method": "fp8"}, {"load_in_4bit": True}])
+def test_quantised_weights_are_not_judged(whole: Path, given: dict[str, Any]):
+    edit_json(whole / "config.json", quantization_config=given)
     assert [run(check(), whole).ran for check in ALL] == [False, False, False]
+
+
+@pytest.mark.parametrize("given", [{}, {"bits": 4}, {"quant_method": None}])
+def test_a_quantization_config_without_a_method_switches_nothing_off(whole: Path, given: dict[str, Any]):
+    edit_json(whole / "config.json", quantization_config=given)
+    assert [run(check(), whole).ran for check in ALL] == [True, True, True]
+    assert only(run(StructureCheck(), whole), "names no quant_method", WARNING).subject == "config.json"
+
+
+@pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation", "experts_implementation"])
+def test_kernels_that_are_not_installed_here_change_no_tensor(tmp_path: Path, key: str):
+    directory = clean(tmp_path / "model", "qwen3_moe")
+    edit_json(directory / "config.json", **{key: "flash_attention_2"})
+    outcome = run(StructureCheck(), directory)
+    assert (sentences(outcome), outcome.ran) == ([], True)
+
+
+def test_a_tie_of_which_a_side_cannot_be_read_says_so_in_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    from nbmerge.engine import comparison
+    from nbmerge.errors import CorruptFileError
+
+    def fail(*_: Any) -> None:
+        raise CorruptFileError("the file was cut", where="here", fix="again")
+
+    directory = clean(tmp_path / "model", "qwen2_tied")
+    edit_tensors(directory, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}))
+    monkeypatch.setattr(comparison, "first_difference", fail)
+    assert only(run(TiedCheck(), directory), "is tied to").detail.endswith("they cannot be compared: the file was cut")
 
 
 def test_a_tied_tensor_that_is_written_twice_is_a_warning_while_it_is_equal(tmp_path: Path):
@@ -182,6 +246,45 @@ def test_a_config_without_a_dtype_is_no_finding(whole: Path):
     assert sentences(run(DtypesCheck(), whole)) == []
 
 
-def test_a_file_that_is_damaged_is_not_compared(whole: Path):
-    (whole / "model.safetensors").write_bytes(b"")
-    assert sentences(run(StructureCheck(), whole)) == ["is missing"]
+@pytest.mark.parametrize("family", ["llama", "qwen2_tied"])
+def test_a_file_that_is_damaged_is_one_finding_and_checks_that_saw_nothing_are_not_run(family: str, tmp_path: Path):
+    directory = clean(tmp_path / "model", family)
+    (directory / "model.safetensors").write_bytes(b"")
+    finding = only(run(StructureCheck(), directory), "cannot be read, and what it holds")
+    assert finding.subject == "model.safetensors"
+    assert "`headers`" in finding.why
+    assert "hf_model_config_path" not in finding.fix
+    assert not run(DtypesCheck(), directory).ran
+    assert run(TiedCheck(), directory).ran == (family == "llama")  # which ties nothing
+
+
+@pytest.mark.parametrize("gone", [False, True], ids=["damaged", "gone"])
+def test_of_shards_what_is_in_others_is_compared(gone: bool, tmp_path: Path):
+    directory = clean(tmp_path / "model", "llama", shards=True)
+    index = Subject.of(directory).index
+    path = directory / index[NORM]
+    path.unlink() if gone else path.write_bytes(b"")
+    edit_tensors(directory, lambda tensors: tensors.pop(QUERY), index[QUERY])
+    assert index[NORM] != index[QUERY]
+    outcome = run(StructureCheck(), directory)
+    assert [(finding.what[:14], finding.subject) for finding in outcome.findings] == [
+        ("cannot be read", path.name),
+        ("is missing", QUERY),
+    ]
+    held = sum(file == path.name for file in index.values())
+    assert outcome.findings[0].detail.startswith(f"{held} of the 21 tensors of LlamaForCausalLM were not found: ")
+
+
+def test_a_directory_without_weights_is_one_finding(whole: Path):
+    (whole / "model.safetensors").unlink()
+    only(run(StructureCheck(), whole), "holds no safetensors files")
+
+
+def test_a_config_that_is_missing_is_said_in_its_own_words(whole: Path):
+    (whole / "config.json").unlink()
+    assert only(run(StructureCheck(), whole), "makes no model").detail == "there is no config.json"
+    (whole / "config.json").mkdir()
+    assert only(run(StructureCheck(), whole), "makes no model").detail == "config.json: Is a directory"
+    (whole / "config.json").rmdir()
+    (whole / "config.json").write_text("[" * 100_000)
+    assert "is no JSON object" in only(run(StructureCheck(), whole), "makes no model").detail

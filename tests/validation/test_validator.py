@@ -16,7 +16,7 @@ from tests.support.messages import assert_says, refusal
 from tests.support.models import save_tiny_model, write_model_world
 
 NAMES = ["headers", "index", "paths", "config", "tokenizer_files", "receipt", "digests", "structure", "dtypes", "tied",
-         "source", "reference", "health", "tokenizer", "running"]  # fmt: skip
+         "source", "side_files", "reference", "health", "tokenizer", "running"]  # fmt: skip
 
 
 @pytest.fixture

@@ -28,7 +28,9 @@ WEIGHTS = "model.safetensors"
 
 
 def validated(directory: Path, **options: Any) -> ValidationReport:
-    options.setdefault("checks", ("source", "reference"))
+    """The checks of values, of those for which there is something to compare with."""
+    given = {"source": not isinstance(directory, Path) or "checkpoint" in options, "reference": "reference" in options}
+    options.setdefault("checks", [name for name, has in given.items() if has])
     return nbmerge.validate(directory, progress=False, **options)
 
 
@@ -153,9 +155,13 @@ class TestSource:
         )
 
     def test_without_a_checkpoint_it_says_which_one_to_pass(self, ckpt: Path, merged: Path):
-        found = validated(merged)
-        assert found.ok and found["source"].status == SKIPPED
+        found = validated(merged, checks=["source", "headers"])
+        assert found["source"].status == SKIPPED
         assert_says(found["source"].outcome.said, "pass checkpoint=", f"the receipt names {ckpt}")
+        assert nbmerge.validate(merged, no_run=True, progress=False).ok
+        assert not found.ok, "it was asked for by name"
+        assert found.sentence == "not proved: source could not be run"
+        assert_says(refusal(nbmerge.VerificationError, found.raise_if_failed), "source was asked for", "checkpoint=")
 
     def test_a_checkpoint_that_is_not_there_is_the_caller_s_mistake(self, merged: Path, tmp_path: Path):
         message = refusal(NotACheckpointError, validated, merged, checkpoint=tmp_path / "absent")
@@ -165,7 +171,7 @@ class TestSource:
 
     def test_a_checkpoint_that_cannot_be_read_any_more_is_a_finding(self, ckpt: Path, merged: Path):
         (ckpt / "model_world_size_2_rank_1.pt").unlink()
-        found = validated(merged, checkpoint=ckpt)
+        found = validated(merged, checkpoint=ckpt, checks=["source", "side_files", "reference"])
         (finding,) = found.findings
         assert_says(
             f"{finding.what}: {finding.detail}",
@@ -173,7 +179,8 @@ class TestSource:
             "1 rank of 2 is missing",
             "rank_1.pt",
         )
-        assert found["reference"].status == SKIPPED
+        assert found["reference"].status == found["side_files"].status == SKIPPED
+        assert validated(merged, checkpoint=ckpt, checks=["side_files"])["side_files"].status == FAILED
 
     def test_a_step_further_on_is_not_the_same(self, ckpt: Path, merged: Path, tmp_path: Path):
         other = {name: tensor + 1 for name, tensor in published_state("qwen2", "bfloat16").items()}
@@ -181,6 +188,30 @@ class TestSource:
         found = validated(merged, checkpoint=tmp_path / "next")
         assert len(found.findings) == len(load_file(merged / WEIGHTS))
         assert len(found.groups(found["source"])) == 1
+
+
+class TestTied:
+    @pytest.fixture
+    def tied(self, tmp_path: Path) -> tuple[Path, Path]:
+        ckpt = write_model_world(tmp_path / "actor", "qwen2_tied", dtype="bfloat16")
+        nbmerge.merge(ckpt, tmp_path / "out")
+        return ckpt, tmp_path / "out"
+
+    @pytest.mark.parametrize("receipt", [True, False])
+    @pytest.mark.parametrize("only_the_alias", [True, False])
+    def test_a_tied_copy_is_compared_with_what_it_is_tied_to(self, tied: Any, receipt: bool, only_the_alias: bool):
+        ckpt, directory = tied
+        kept = "model.embed_tokens.weight"
+        copy = load_file(directory / WEIGHTS)[kept].clone()
+        if not receipt:
+            (directory / "nbmerge_receipt.json").unlink()
+        rewritten(directory, {"lm_head.weight": copy, **({kept: None} if only_the_alias else {})})
+        found = validated(directory, checkpoint=ckpt)
+        assert found["source"].status == PASSED, found
+        copy[1, 2] += 1
+        rewritten(directory, {"lm_head.weight": copy})
+        (finding,) = validated(directory, checkpoint=ckpt).findings
+        assert finding.subject == "lm_head.weight" and "the first at [1, 2]" in finding.detail
 
 
 class TestWithoutAReceipt:
@@ -281,10 +312,18 @@ class TestSample:
         assert_says(said, "sampled", "blocks", "% of the bytes", "of 27 tensors")
         looked, of_all = (int(word.replace(",", "")) for word in (said.split()[1], said.split()[3]))
         assert 0 < looked < of_all
+        assert "sample" in found["source"].title and "every element" not in found["source"].title
+        assert_says(found.sentence, "only a sample of ", "% of the bytes: source")
+        whole = validated(tmp_path / "out", checkpoint=ckpt, sample=1)
+        assert "every element" in whole["source"].title and "sample" not in whole.sentence
         assert validated(tmp_path / "out", checkpoint=ckpt, sample=0.2)["source"].outcome.said == said
 
-    @pytest.mark.parametrize("sample", [0, -1, 1.5, float("nan")])
-    def test_must_be_a_share(self, merged: Path, sample: float):
+    def test_one_that_leaves_nothing_out_is_no_sample(self, ckpt: Path, merged: Path):
+        found = validated(merged, checkpoint=ckpt, sample=0.5)
+        assert "every element" in found["source"].title and "sample" not in found.sentence
+
+    @pytest.mark.parametrize("sample", [0, -1, 1.5, float("nan"), "0.5", None, True])
+    def test_must_be_a_share(self, merged: Path, sample: Any):
         assert_says(refusal(OptionError, validated, merged, sample=sample), "sample=", "fix:", "0.01")
 
 
