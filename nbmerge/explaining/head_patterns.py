@@ -118,7 +118,9 @@ def tied_head(asked: Mismatch) -> Iterator[Candidate]:
             "else the last pipeline stage is missing",
             seen=("DeepSpeed 1896", "verl 5357"),
         )
-    elif tied or (not asked.known.config and embedding is not None):
+    elif any(_headless(asked)):
+        yield from _headless(asked)
+    elif tied is not False:
         yield Candidate(
             "tied head doubled",
             "the head is a copy of the embedding, which the model ties and stores once",
@@ -126,18 +128,18 @@ def tied_head(asked: Mismatch) -> Iterator[Candidate]:
                 f"{embedding} has the same shape, {list(asked.got)}" if embedding else f"the model has no {asked.name}",
                 "tie_word_embeddings is true in config.json" if tied else "",
             ),
-            Strength.STRONG if tied else Strength.FAIR,
+            Strength.STRONG if tied else Strength.FAIR if embedding is not None else Strength.WEAK,
             "leave the copy out where both are equal; nbmerge.merge compares them and records the tie",
             seen=("DeepSpeed 1896",),
         )
-    else:
-        yield from _headless(asked)
 
 
-def _is_tied(known: Known) -> bool:
+def _is_tied(known: Known) -> bool | None:
+    """What config.json says of the tie; None where it says nothing, and the class's default decides."""
     text = known.config.get("text_config")
     inner = text if isinstance(text, Mapping) else {}
-    return bool(inner.get("tie_word_embeddings", known.config.get("tie_word_embeddings")))
+    said = inner.get("tie_word_embeddings", known.config.get("tie_word_embeddings"))
+    return None if said is None else bool(said)
 
 
 def _embeddings(known: Known) -> dict[Shape, str]:

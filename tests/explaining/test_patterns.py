@@ -302,6 +302,10 @@ class TestHeads:
         (found,) = self.of((64, 4), None, "lm_head.weight", held, embedding)
         assert (found.pattern, found.strength) == ("tied head doubled", Strength.FAIR)
 
+    def test_a_head_of_which_nothing_else_is_known_may_be_a_copy(self):
+        (found,) = self.of((), None, "lm_head.weight", {}, {})
+        assert (found.pattern, found.strength) == ("tied head doubled", Strength.WEAK)
+
     def test_a_class_without_a_head_is_named(self):
         (found,) = self.of((64, 4), None, "lm_head.weight", self.HEAD, {}, architectures=["Qwen2Model"])
         assert (found.pattern, found.evidence) == ("another head", ("config.json names Qwen2Model",))
