@@ -318,8 +318,10 @@ def _of_directory(path: Path, name: str | None, ranks: int | None, options: Mapp
     named = name_tensors(weights.tensors, model.facts)
     held = {each: expr.shape for each, expr in weights.tensors.items()}
     asked = _completed(named.mismatches, held, named.expected, ranks)
-    diagnosis = named.diagnosis.sentence if named.diagnosis is not None else ""
-    explained = Explanation(str(path), subjects_of(asked), diagnosis, ranks, checked=len(held))
+    subjects = subjects_of(asked)
+    told = named.diagnosis is None or _share_a_cause(subjects)
+    diagnosis = "" if told or named.diagnosis is None else named.diagnosis.sentence
+    explained = Explanation(str(path), subjects, diagnosis, ranks, checked=len(held))
     if name is not None and name in held and not any(name in subject.names for subject in explained.subjects):
         return replace(explained, subjects=(Subject(name, held[name], held[name], names=(name,)),))
     return _only(explained, name)

@@ -31,6 +31,11 @@ class MergeReport(Displayed):
     receipt: Mapping[str, Any] | None = None
 
     @property
+    def sentence(self) -> str:
+        """What was done, in a sentence."""
+        return self.view().sentence
+
+    @property
     def bytes_per_second(self) -> float:
         """Speed of writing."""
         return self.written_bytes / self.seconds if self.seconds else 0.0

@@ -63,7 +63,7 @@ def _by_part(tensors: Iterable[TensorDiff]) -> Counter[str]:
 def _so_many(part: str, moved: int, every: int) -> str:
     """`all 196 matrices`, `3 of 57 norms`, `the embedding`."""
     if moved == every:
-        return f"the {_SINGULAR[part]}" if every == 1 else f"all {every:,} {part}"
+        return f"the {_SINGULAR[part]}" if every == 1 else f"{'both' if every == 2 else f'all {every:,}'} {part}"
     return f"{moved:,} of {every:,} {part}"
 
 

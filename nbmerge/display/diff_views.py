@@ -168,21 +168,28 @@ def _heat(diff: ModelDiff) -> Table | None:
     width = -(-len(layers) // _LAYERS)
     rows_of = {layer: number // width for number, layer in enumerate(layers)}
     cells = rolled(inside, lambda tensor: (rows_of[tensor.place.layer or 0], tensor.place.kind))
+    most = max(map(_share, cells.values()), default=0.0)
     rows = []
     for row, start in enumerate(range(0, len(layers), width)):
         together = layers[start : start + width]
         label = f"{together[0]}" if len(together) == 1 else f"{together[0]}–{together[-1]}"
-        rows.append((Cell(label), *(share_cell(cells.get((row, kind))) for kind in kinds[:_KINDS])))
+        rows.append((Cell(label), *(share_cell(cells.get((row, kind)), most) for kind in kinds[:_KINDS])))
     columns = (Column("layer"), *(Column(_short(kind, kinds), number=True) for kind in kinds[:_KINDS]))
     more = f"; {plural(len(kinds) - _KINDS, 'further kind')} in the next table" if len(kinds) > _KINDS else ""
-    return Table(columns, tuple(rows), title=f"{words.elide(stack)}{more}")
+    scale = f"; the longest bar is {percent(most)}" if most else ""
+    return Table(columns, tuple(rows), title=f"{words.elide(stack)}{scale}{more}")
 
 
-def share_cell(found: Statistics | None) -> Cell:
+def share_cell(found: Statistics | None, longest: float = 1.0) -> Cell:
+    """A share of changed elements, with a bar that is full at `longest`."""
     if found is None:
         return Cell("")
-    share = found.share if found.share_rounded is None else found.share_rounded
-    return Cell(percent(share) if share else "0", bar=share)
+    share = _share(found)
+    return Cell(percent(share) if share else "0", bar=share / longest if longest else 0.0)
+
+
+def _share(found: Statistics) -> float:
+    return found.share if found.share_rounded is None else found.share_rounded
 
 
 def _short(kind: str, kinds: Sequence[str]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import PurePath
 
+from nbmerge.comparing.rolling import kind_order
 from nbmerge.comparing.sentence import percent
 from nbmerge.comparing.trajectory import Step, Trajectory
 from nbmerge.display import words
@@ -82,7 +83,7 @@ def _kinds_along(trajectory: Trajectory) -> Section:
         Column("kind", code=True), Column("relative L2 along the run"), Column("first", number=True),
         Column("last", number=True), Column("mean cosine of updates", number=True),
     )  # fmt: skip
-    kinds = list(dict.fromkeys(kind for step in trajectory.steps for kind in step.diff.by_kind))
+    kinds = sorted({kind for step in trajectory.steps for kind in step.diff.by_kind}, key=kind_order)
     rows = []
     for kind in kinds[:KIND_ROWS]:
         norms = [_norm(step, kind) for step in trajectory.steps]

@@ -39,7 +39,7 @@ def _partners(asked: Mismatch, plain: Key) -> Iterator[tuple[str, bool]]:
     names, shape = (asked.known.only_held, asked.expected) if held else (asked.known.only_wanted, asked.got)
     found = asked.known.alone(plain, held=held).get(plain(asked.name) or "", ())
     for name in islice((each for each in found if each != asked.name), _MOST_PARTNERS):
-        yield name, names[name] == (shape or ())
+        yield name, bool(shape) and names[name] == shape  # a message may tell names without their shapes
 
 
 def _renamed(

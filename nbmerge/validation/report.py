@@ -70,7 +70,8 @@ class ValidationReport(Displayed):
         warned = [result.name for result in self.results if result.status == WARNED]
         if self.ok:
             ran = sum(result.status != SKIPPED for result in self.results)
-            return f"valid: {plural(ran, 'check')} passed" + (
+            verdict = "valid as far as asked" if self.asked else "valid"
+            return f"{verdict}: {plural(ran, 'check')} passed" + (
                 f", {len(warned):,} of them with warnings" if warned else ""
             )
         lacking = " and ".join(result.name for result in self.unproved)
