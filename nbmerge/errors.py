@@ -125,7 +125,9 @@ class VerificationError(NbmergeError, ValueError):
 
 
 class PlanError(NbmergeError, ValueError):
-    """A plan has problems; all of them are in `problems`."""
+    """A plan has problems; all of them are in `problems`. plan: the plan itself, which `nbmerge.explain` looks at."""
+
+    plan: object = None
 
 
 def abridged(lines: list[str], *, most: int = 12, tail: int = 3) -> list[str]:

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from nbmerge.errors import ConfigError, NbmergeError, OptionError, Problem, listing, one_line, plural
+from nbmerge.errors import ConfigError, NbmergeError, OptionError, PlanError, Problem, listing, one_line, plural
 from nbmerge.explaining.candidates import Known, Mismatch, Strength
 from nbmerge.explaining.chain import NOT_READ, TAKES, read_error
 from nbmerge.explaining.diagnosis import Diagnosis
@@ -158,6 +158,8 @@ def _of_shapes(
 
 def _of_error(error: BaseException, asked: str, known: Known) -> Explanation:
     """What an error says. What of it cannot be read stays among the problems."""
+    if isinstance(error, PlanError) and isinstance(error.plan, MergePlan) and not known.config:
+        return _of_plan(error.plan, None, known.ranks)
     reading, others = read_error(error)
     explained = _of_reading(reading, asked, known)
     return replace(explained, problems=(*explained.problems, *others))

@@ -189,9 +189,11 @@ class MergePlan(Displayed):
     def raise_if_problems(self) -> None:
         """Raises PlanError with all problems, if there are any."""
         if self.problems:
-            raise PlanError(
+            error = PlanError(
                 f"the merge cannot be planned: {plural(len(self.problems), 'problem')}", problems=self.problems
             )
+            error.plan = self
+            raise error
 
     @property
     def sources(self) -> tuple[SourceFile, ...]:

@@ -31,15 +31,18 @@ _FUSED = (
 )  # fmt: skip
 
 
-def _partners(asked: Mismatch, plain: Key) -> Iterator[tuple[str, bool]]:
-    """Names of the other side that are the same once `plain` has worked on both, and whether shapes agree."""
+def _partners(asked: Mismatch, plain: Key) -> Iterator[tuple[str, bool | None]]:
+    """Names of the other side that are the same once `plain` has worked on both, and whether shapes agree.
+
+    None where a message tells names without their shapes.
+    """
     if not asked.name or not asked.is_one_sided:
         return
     held = asked.got is None
     names, shape = (asked.known.only_held, asked.expected) if held else (asked.known.only_wanted, asked.got)
     found = asked.known.alone(plain, held=held).get(plain(asked.name) or "", ())
     for name in islice((each for each in found if each != asked.name), _MOST_PARTNERS):
-        yield name, bool(shape) and names[name] == shape  # a message may tell names without their shapes
+        yield name, None if not shape and not names[name] else names[name] == (shape or ())
 
 
 def _renamed(
@@ -53,7 +56,7 @@ def _renamed(
             pattern,
             says(held, wanted),
             evidence(f"{held} → {wanted}", "the shapes agree" if agrees else ""),
-            Strength.STRONG if agrees else Strength.FAIR,
+            Strength.FAIR if agrees is False else Strength.STRONG,
             fix,
             seen=seen,
         )

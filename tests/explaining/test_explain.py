@@ -512,3 +512,14 @@ def test_an_explanation_of_nothing_says_so():
     assert_says(Explanation("x").sentence, "nothing of names or shapes")
     assert not Explanation("x").fits
     assert_says(Explanation("x", problems=(Problem("p"),), checked=3).sentence, "p; no known pattern")
+
+
+def test_a_plan_s_error_is_explained_as_its_checkpoint_is(tmp_path: Path):
+    """Not from the error's text, which has one shape where the checkpoint has many."""
+    ckpt = write_model_world(tmp_path / "actor", "llama")
+    config = write_config(tmp_path / "config", "llama", num_key_value_heads=4)
+    with pytest.raises(PlanError) as caught:
+        nbmerge.merge(ckpt, tmp_path / "out", hf_model_config_path=config)
+    of_the_checkpoint = explain(ckpt, hf_model_config_path=config)
+    assert explain(caught.value).mismatches == of_the_checkpoint.mismatches != ()
+    assert explain(caught.value).best == of_the_checkpoint.best
