@@ -308,7 +308,7 @@ class TestTheRoutersBias:
         got = saved_bits(tmp_path / "out")
         name = "model.layers.1.mlp.gate.e_score_correction_bias"
         assert got.pop(name) == bits(state[bias])
-        assert {value[0] for value in got.values()} == {"bfloat16"}
+        assert [key for key, value in got.items() if value[0] != "bfloat16"] == []
 
     def test_of_a_layer_of_multi_token_prediction_stays_fp32_too(self, tmp_path: Path):
         published, config = with_mtp(published_state("deepseek_v3"), tiny_config("deepseek_v3"))
