@@ -16,6 +16,7 @@ from nbmerge.explaining.diagnosis import Diagnosis
 from nbmerge.expressions import Expr, fingerprint
 from nbmerge.geometry import Box, Shape
 from nbmerge.layout import Checkpoint, SourceFile
+from nbmerge.naming.model import HFModel
 from nbmerge.naming.notes import Drop, Filled, Tie, Trim
 from nbmerge.options import MergeOptions
 from nbmerge.shown import Displayed
@@ -139,6 +140,7 @@ class MergePlan(Displayed):
     probed: small tensors that were compared while planning; equalities: large ones that the copy compares;
     trims: padding that is cut off; fills: outputs that the checkpoint does not hold;
     base_files: the base model's files that those are read from;
+    model: that the outputs are of, whose facts are known already;
     drift: copies on several ranks that were found to differ, of which the lowest rank's is written;
     mismatches: tensors of another shape than the model's, missing or too many; diagnosis: how the config as a whole
     is another model's. `nbmerge.explain(plan)` says why.
@@ -168,6 +170,7 @@ class MergePlan(Displayed):
     drift: tuple[Drift, ...] = ()
     problems: tuple[Problem, ...] = ()
     versions: Mapping[str, str] = field(default_factory=dict)
+    model: HFModel | None = field(default=None, compare=False, repr=False)
     mismatches: tuple[Mismatch, ...] = ()
     diagnosis: Diagnosis | None = None
 

@@ -56,7 +56,7 @@ def make_plan(checkpoint: Checkpoint, model: HFModel, options: MergeOptions) -> 
         expected=named.expected, execution=_execution(files, options), casts=casts, drops=named.drops,
         ties=named.ties, trims=named.trims, fills=named.fills, base_files=_files_of(named.fills, outputs),
         unloaded=named.unloaded, renamed=named.renamed, config_edits=edits, probed=probed, equalities=equalities,
-        drift=drift, versions=versions(),
+        drift=drift, versions=versions(), model=model,
         problems=(*checkpoint.problems, *named.problems, *unsafe.values(), *beside.problems, *unequal),
         mismatches=named.mismatches, diagnosis=named.diagnosis,
     )  # fmt: skip

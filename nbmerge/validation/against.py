@@ -10,7 +10,6 @@ from nbmerge.engine.safetensors_file import stored_tensors
 from nbmerge.errors import NbmergeError
 from nbmerge.expressions import Expr, Stored, input_names
 from nbmerge.naming.facts import ModelFacts
-from nbmerge.naming.model import HFModel
 from nbmerge.naming.published import by_published_name
 from nbmerge.opening import PathLike
 from nbmerge.options import expanded_path
@@ -96,12 +95,7 @@ def compare_unmerged(
     ours = {name: tensor.expr for name, tensor in plan.tensors.items()}
     directory = expanded_path(os.fspath(reference))
     theirs = Weights(str(directory), _stored(directory), "directory")
-    facts = HFModel(
-        plan.config_dir,
-        trust_remote_code=plan.options.trust_remote_code,
-        is_value_model=plan.options.is_value_model,
-        tie_word_embedding=plan.options.tie_word_embedding or None,
-    ).facts
+    facts = plan.model.facts if plan.model is not None else None
     comparator = against_reference(ours, theirs, facts, atol=atol, rtol=rtol)
     scanned = look_through(ours, [comparator], workers=plan.execution.workers)
     return comparator.outcome(list(ours), scanned, theirs.label)

@@ -8,9 +8,8 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from nbmerge.errors import NbmergeError, listing, plural
+from nbmerge.errors import listing, plural
 from nbmerge.naming.facts import ModelFacts
-from nbmerge.naming.model import HFModel
 from nbmerge.plan import MergePlan, SideFile
 from nbmerge.validation.findings import ERROR, WARNING, Finding, Outcome
 from nbmerge.validation.on_disk import content_of, is_file
@@ -163,16 +162,9 @@ def _without_incidentals(keys: dict[str, str], here: dict[str, Any], there: dict
 
 def _with_defaults(subject: Subject, plan: MergePlan) -> tuple[dict[str, Any], dict[str, Any]] | None:
     """Both configs as transformers reads them; None where it makes no model of one."""
-    options = plan.options
-    theirs = HFModel(
-        plan.config_dir, trust_remote_code=subject.trust_remote_code, is_value_model=options.is_value_model,
-        tie_word_embedding=options.tie_word_embedding or None,
-    )  # fmt: skip
-    try:
-        known = theirs.facts
-    except NbmergeError:
+    if plan.model is None or not isinstance(subject.facts, ModelFacts):
         return None
-    return (dict(subject.facts.config), dict(known.config)) if isinstance(subject.facts, ModelFacts) else None
+    return dict(subject.facts.config), dict(plan.model.facts.config)
 
 
 def _addition(name: str) -> Finding:

@@ -59,12 +59,11 @@ def plan_of(
     if subject.receipt is None:
         said = "merged with the default options, for want of a receipt"
         options |= _dialect(subject)
-        assumed = _dtype(subject, _planned(checkpoint, options))
-        if assumed:
-            options["dtype"] = assumed
-            said = f"merged with dtype={assumed}, for want of a receipt"
-            findings = (_unrecorded(assumed),)
     plan = _planned(checkpoint, options)
+    if subject.receipt is None and (assumed := _dtype(subject, plan)):
+        said = f"merged with dtype={assumed}, for want of a receipt"
+        findings = (_unrecorded(assumed),)
+        plan = _planned(checkpoint, {**options, "dtype": assumed})
     plan.raise_if_problems()
     return Planned(plan, findings, said)
 
