@@ -6,10 +6,15 @@ import atexit
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import HealthCheck, settings
+
+if TYPE_CHECKING:
+    from IPython.core.interactiveshell import InteractiveShell
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here may reach for the network
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -51,3 +56,18 @@ def ckpt(tmp_path: Path) -> Path:
 def out(tmp_path: Path) -> Path:
     """A target that does not exist."""
     return tmp_path / "out"
+
+
+@pytest.fixture
+def shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[InteractiveShell]:
+    """A real IPython shell in a directory of its own, with the magics."""
+    from IPython.core.interactiveshell import InteractiveShell
+    from traitlets.config import Config
+
+    monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
+    monkeypatch.chdir(tmp_path)
+    InteractiveShell.clear_instance()
+    made = InteractiveShell.instance(config=Config({"HistoryManager": {"enabled": False}}), colors="NoColor")
+    made.run_cell("%load_ext nbmerge").raise_error()
+    yield made
+    InteractiveShell.clear_instance()

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 from IPython.core.interactiveshell import InteractiveShell
-from traitlets.config import Config
 
 import nbmerge
 from nbmerge import NotACheckpointError, OptionError, cli
@@ -87,17 +86,8 @@ class TestExplain:
         assert stored[0] == memory_state("qwen2", "bfloat16")["model.layers.0.mlp.up_proj.weight"][20, 3]
 
 
+@pytest.mark.usefixtures("run")
 class TestMagics:
-    @pytest.fixture
-    def shell(self, run: Path, monkeypatch: pytest.MonkeyPatch):
-        monkeypatch.setenv("IPYTHONDIR", str(run.parent / "ipython"))
-        monkeypatch.chdir(run.parent)
-        InteractiveShell.clear_instance()
-        made = InteractiveShell.instance(config=Config({"HistoryManager": {"enabled": False}}), colors="NoColor")
-        made.run_cell("%load_ext nbmerge").raise_error()
-        yield made
-        InteractiveShell.clear_instance()
-
     def test_diff(self, shell: InteractiveShell):
         shell.user_ns["ckpt"] = nbmerge.open_checkpoint("run/global_step_3/actor")
         found = shell.run_cell("%diff_ckpt 'base model' $ckpt --frozen '*.mlp.*' '*.self_attn.*'  # what moved?").result

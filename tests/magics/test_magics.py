@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,7 +10,6 @@ from typing import Any
 import pytest
 from IPython.core.completer import provisionalcompleter, rectify_completions
 from IPython.core.interactiveshell import InteractiveShell
-from traitlets.config import Config
 
 import nbmerge
 from nbmerge.errors import PlanError, Problem
@@ -33,17 +31,6 @@ def checkpoint_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config.save_pretrained(directory / "huggingface")
     torch.save(dict(model.state_dict()), directory / "model_world_size_1_rank_0.pt")
     return directory
-
-
-@pytest.fixture
-def shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[InteractiveShell]:
-    monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
-    monkeypatch.chdir(tmp_path)
-    InteractiveShell.clear_instance()
-    made = InteractiveShell.instance(config=Config({"HistoryManager": {"enabled": False}}), colors="NoColor")
-    made.run_cell("%load_ext nbmerge").raise_error()
-    yield made
-    InteractiveShell.clear_instance()
 
 
 def _run(shell: InteractiveShell, cell: str) -> Any:

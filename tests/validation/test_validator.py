@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 from IPython.core.interactiveshell import InteractiveShell
-from traitlets.config import Config
 
 import nbmerge
 from nbmerge import OptionError, Validator, VerificationError, cli
@@ -113,16 +112,6 @@ class TestCommandLine:
 
 
 class TestMagic:
-    @pytest.fixture
-    def shell(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-        monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
-        monkeypatch.chdir(tmp_path)
-        InteractiveShell.clear_instance()
-        made = InteractiveShell.instance(config=Config({"HistoryManager": {"enabled": False}}), colors="NoColor")
-        made.run_cell("%load_ext nbmerge").raise_error()
-        yield made
-        InteractiveShell.clear_instance()
-
     def test_takes_paths_and_objects_and_returns_the_report(self, shell: InteractiveShell, merged: Path, ckpt: Path):
         result = shell.run_cell('%validate_ckpt merged --checkpoint "my actor" --checks source health  # prove it')
         assert [one.name for one in result.result.results] == ["source", "health"]
