@@ -81,8 +81,7 @@ class MergeOptions:
         if self.dtype is not None:
             _floating(self.dtype)
         parse_size(self.max_shard_size)
-        if self.workers is not None and self.workers < 1:
-            raise OptionError(f"workers={self.workers}", fix="a number from 1 on")
+        check_workers(self.workers)
         for name in ("lora", "weights"):
             if getattr(self, name) is not None:
                 raise NotSupportedError(
@@ -124,13 +123,12 @@ class ValidateOptions:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "checks", _words("checks", self.checks))
-        _share(self.sample)
+        check_share(self.sample)
         for name in ("atol", "rtol"):
             value = getattr(self, name)
             if not _is_number(value) or not 0 <= value < float("inf"):
                 raise OptionError(f"{name}={value!r}", fix="a number from 0 on, e.g. 1e-6")
-        if self.workers is not None and (not _is_whole(self.workers) or self.workers < 1):
-            raise OptionError(f"workers={self.workers!r}", fix="a whole number from 1 on")
+        check_workers(self.workers)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,9 +168,16 @@ class ExplainOptions:
     trust_pickle: bool = _option(False, "let the checkpoint's pickles run any code; only for files that you wrote")
 
 
-def _share(sample: float) -> None:
+def check_share(sample: float) -> None:
+    """Raises OptionError for a sample that is no share."""
     if not _is_number(sample) or not 0 < sample <= 1:
         raise OptionError(f"sample={sample!r}", fix="a share above 0, up to 1 for all, e.g. 0.01")
+
+
+def check_workers(workers: int | None) -> None:
+    """Raises OptionError for what is no number of threads."""
+    if workers is not None and (not _is_whole(workers) or workers < 1):
+        raise OptionError(f"workers={workers!r}", fix="a whole number from 1 on")
 
 
 def _is_number(value: object) -> bool:
@@ -230,5 +235,8 @@ def parse_names(text: str | tuple[str, ...]) -> tuple[str, ...]:
 
 
 def expanded_path(text: str) -> Path:
-    """The path with `~` put in."""
-    return Path(text).expanduser()
+    """The path with `~` put in, where there is such a user."""
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        return Path(text)

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 from nbmerge.errors import NbmergeError, OptionError
 from nbmerge.layout import Checkpoint
 from nbmerge.opening import PathLike, listener_of
-from nbmerge.options import ValidateOptions
+from nbmerge.options import ValidateOptions, expanded_path
 from nbmerge.plan import MergePlan
 from nbmerge.report import MergeReport
 from nbmerge.shown import Displayed
 from nbmerge.validation.findings import Check, CheckResult, Outcome
-from nbmerge.validation.on_disk import expanded, is_file, unreadable
+from nbmerge.validation.on_disk import is_file, unreadable
 from nbmerge.validation.planned import as_finding
 from nbmerge.validation.report import ValidationReport
 from nbmerge.validation.subject import Subject
@@ -118,7 +118,7 @@ class Validator(Displayed):
         """The reference, where transformers can load it."""
         if not isinstance(self.reference, (str, os.PathLike)):
             return None
-        path = expanded(os.fspath(self.reference))
+        path = expanded_path(os.fspath(self.reference))
         return path if is_file(path / "config.json") else None
 
     def _timed(self, check: Check, subject: Subject) -> CheckResult:
@@ -148,7 +148,7 @@ def _target_of(model_dir: Any, checkpoint: Any) -> tuple[Path, Any]:
         )
     if not isinstance(model_dir, (str, os.PathLike)):
         raise OptionError(f"a {type(model_dir).__name__} is no directory", fix="pass a path, or a merge's report")
-    return expanded(os.fspath(model_dir)), checkpoint
+    return expanded_path(os.fspath(model_dir)), checkpoint
 
 
 def _no_source(option: str, value: object) -> OptionError:

@@ -17,6 +17,7 @@ from nbmerge.engine.pool import Pool, default_workers
 from nbmerge.engine.scan import Scanned, Visit, Walk, scan
 from nbmerge.engine.sources import LocalFiles
 from nbmerge.errors import OptionError
+from nbmerge.options import check_share, check_workers
 from nbmerge.weights import Weights
 
 _PHASE = "comparing"
@@ -54,12 +55,10 @@ def diff_weights(
 
 def check_options(*, sample: float, rank_one: bool, workers: int | None) -> None:
     """Raises OptionError for a value that makes no sense."""
-    if not 0 < sample <= 1:
-        raise OptionError(f"sample={sample}", fix="the share of blocks to look at, over 0 and up to 1")
+    check_share(sample)
     if rank_one and sample < 1:
         raise OptionError("rank_one needs whole matrices, and sample leaves blocks out", fix="leave one of them out")
-    if workers is not None and workers < 1:
-        raise OptionError(f"workers={workers}", fix="a number from 1 on")
+    check_workers(workers)
 
 
 def patterns_of(frozen: str | Iterable[str]) -> tuple[str, ...]:

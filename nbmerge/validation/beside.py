@@ -35,10 +35,18 @@ def severity_of(name: str) -> str:
     return ERROR if any(fnmatch(Path(name).name, pattern) for pattern in _CRITICAL) else WARNING
 
 
-def added(directory: Path, known: set[str], patterns: tuple[str, ...] = _ADDED) -> list[str]:
-    """Code and templates in the directory that are not known: transformers would use them."""
+def additions(
+    directory: Path, known: set[str], what: str, why: str = "", patterns: tuple[str, ...] = _ADDED
+) -> list[Finding]:
+    """Code and templates in the directory that are not known: transformers would use them. why: besides that."""
     found = {path.relative_to(directory).as_posix() for pattern in patterns for path in directory.glob(pattern)}
-    return sorted(found - known)
+    return [
+        Finding(
+            what, name, why=f"{why}transformers uses code and templates that lie beside the weights",
+            fix="remove it unless you put it there", severity=WARNING,
+        )
+        for name in sorted(found - known)
+    ]  # fmt: skip
 
 
 def same_beside(subject: Subject, plan: MergePlan) -> Outcome:
@@ -52,7 +60,10 @@ def same_beside(subject: Subject, plan: MergePlan) -> Outcome:
     files = [file for file in plan.side_files if file.name != INDEX_NAME]
     findings = [finding for file in files for finding in _of_file(subject, plan, file)]
     patterns = _ADDED if subject.receipt is not None else ("*.py",)
-    findings += [_addition(name) for name in added(subject.directory, {file.name for file in files}, patterns)]
+    findings += additions(
+        subject.directory, {file.name for file in files}, "is in the directory, and not beside the checkpoint",
+        "it was added after the merge; ", patterns,
+    )  # fmt: skip
     return Outcome(tuple(findings), f"{plural(len(files), 'file')} of {plan.config_dir}")
 
 
@@ -165,12 +176,3 @@ def _with_defaults(subject: Subject, plan: MergePlan) -> tuple[dict[str, Any], d
     if plan.model is None or not isinstance(subject.facts, ModelFacts):
         return None
     return dict(subject.facts.config), dict(plan.model.facts.config)
-
-
-def _addition(name: str) -> Finding:
-    return Finding(
-        "is in the directory, and not beside the checkpoint", name,
-        why="it was added after the merge; transformers uses code and templates that lie beside the weights",
-        fix="remove it unless you put it there",
-        severity=WARNING,
-    )  # fmt: skip

@@ -40,15 +40,6 @@ def digest_of(path: Path) -> str:
         return ""
 
 
-def expanded(text: str) -> Path:
-    """The path with `~` put in, where there is such a user."""
-    path = Path(text)
-    try:
-        return path.expanduser()
-    except RuntimeError:
-        return path
-
-
 def unreadable(directory: Path, error: OSError) -> CheckpointError:
     """The error for a directory that the user named and that this process may not read."""
     return CheckpointError(

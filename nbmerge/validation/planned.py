@@ -12,10 +12,10 @@ from nbmerge.errors import CheckpointError, ConfigError, NbmergeError, NotACheck
 from nbmerge.layout import Checkpoint
 from nbmerge.naming.facts import ModelFacts
 from nbmerge.opening import PathLike, open_checkpoint, plan_merge
-from nbmerge.options import OPEN_ONLY, OPEN_OPTIONS, MergeOptions
+from nbmerge.options import OPEN_ONLY, OPEN_OPTIONS, MergeOptions, expanded_path
 from nbmerge.plan import MergePlan
 from nbmerge.validation.findings import WARNING, Finding
-from nbmerge.validation.on_disk import expanded, is_file
+from nbmerge.validation.on_disk import is_file
 from nbmerge.validation.subject import Subject
 
 # What shapes the result; the rest of a receipt's options is about that run, or is for who validates to say.
@@ -74,7 +74,7 @@ def _opened(path: PathLike, options: Mapping[str, Any], progress: bool | None) -
         return open_checkpoint(path, progress=progress, **options)
     except NotACheckpointError as error:
         backend = options.get("backend", "auto")
-        if backend == "auto" or not expanded(os.fspath(path)).is_dir():
+        if backend == "auto" or not expanded_path(os.fspath(path)).is_dir():
             raise
         raise _as(CheckpointError, error, f"the receipt names the back end {backend!r}") from error
 
@@ -99,7 +99,7 @@ def _options_of(subject: Subject) -> dict[str, Any]:
     given = recorded.items() if isinstance(recorded, dict) else ()
     options: dict[str, Any] = {name: value for name, value in given if isinstance(value, _KEPT.get(name, ()))}
     path = options.get("hf_model_config_path")
-    if path is not None and not is_file(expanded(str(path)) / "config.json"):
+    if path is not None and not is_file(expanded_path(str(path)) / "config.json"):
         options["hf_model_config_path"] = str(_recorded_config(receipt) or subject.directory)
     return options
 

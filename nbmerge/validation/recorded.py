@@ -9,7 +9,7 @@ from typing import Any
 from nbmerge.engine.pool import Pool, default_workers
 from nbmerge.errors import plural
 from nbmerge.receipt import RECEIPT_NAME, SCHEMA
-from nbmerge.validation.beside import added, recorded_beside, severity_of
+from nbmerge.validation.beside import additions, recorded_beside, severity_of
 from nbmerge.validation.findings import WARNING, Check, Finding, Outcome
 from nbmerge.validation.on_disk import digest_of, is_file, is_inside, size_of
 from nbmerge.validation.subject import Subject
@@ -36,7 +36,8 @@ class ReceiptCheck(Check):
         hashed = {name: entry for name, entry in sides.items() if entry.get("sha256")}
         findings = [
             *_of_another_version(subject), *_weights(subject, files), *_missing(subject.directory, list(sides)),
-            *_changed(subject.directory, hashed), *(_addition(name) for name in added(subject.directory, set(sides))),
+            *_changed(subject.directory, hashed),
+            *additions(subject.directory, set(sides), "was added after the merge"),
         ]  # fmt: skip
         said = f"{plural(len(files), 'weight file')} and {plural(len(sides), 'further file')} of the merge: sizes"
         said += f", and the sha256 of {plural(len(hashed), 'small one')}" if hashed else " of the weight files"
@@ -96,15 +97,6 @@ def _changed(directory: Path, recorded: Mapping[str, Mapping[str, Any]]) -> Iter
             "checks: checks= (--checks)",
             severity=severity_of(name),
         )  # fmt: skip
-
-
-def _addition(name: str) -> Finding:
-    return Finding(
-        "was added after the merge", name,
-        why="transformers uses code and templates that lie beside the weights",
-        fix="remove it unless you put it there",
-        severity=WARNING,
-    )  # fmt: skip
 
 
 class DigestsCheck(Check):
