@@ -66,8 +66,7 @@ def explain(
     an option that the subject leaves no room for; ConfigError for a checkpoint without a config.
     """
     check_name(name)
-    if ranks is not None and (isinstance(ranks, bool) or not isinstance(ranks, int) or ranks < 1):
-        raise OptionError(f"ranks={ranks!r}", fix="a number from 1 on, e.g. ranks=8")
+    _check_ranks(ranks)
     where = _one_config(config, hf_model_config_path)
     if got is not None or expected is not None:
         _refuse(options, "two shapes")
@@ -80,20 +79,33 @@ def explain(
     if isinstance(subject, BaseException):
         _refuse(options, "an error")
         return _only(_of_error(subject, type(subject).__name__, Known(ranks, _config(where))), name)
-    if isinstance(subject, str) and not is_there(subject):
-        if reading := read_message(subject):
-            _refuse(options, "a message")
-            return _only(_of_reading(reading, "a message", Known(ranks, _config(where))), name)
-        if not is_like_a_path(subject):
-            raise OptionError(
-                "this is neither a path nor a message that is known",
-                where=one_line(subject, limit=200) or "an empty text",
-                why=NOT_READ if subject.strip() else "",
-                fix=TAKES,
-            )
+    if isinstance(subject, str) and (reading := _read_unless_a_path(subject)):
+        _refuse(options, "a message")
+        return _only(_of_reading(reading, "a message", Known(ranks, _config(where))), name)
     if where is not None:
         options["hf_model_config_path"] = _directory(where)
     return _of_weights(subject, name, ranks, options, progress)
+
+
+def _check_ranks(ranks: int | None) -> None:
+    if ranks is not None and (isinstance(ranks, bool) or not isinstance(ranks, int) or ranks < 1):
+        raise OptionError(f"ranks={ranks!r}", fix="a number from 1 on, e.g. ranks=8")
+
+
+def _read_unless_a_path(text: str) -> Reading | None:
+    """What a message says; None for a path. Raises OptionError for what is neither."""
+    if is_there(text):
+        return None
+    if reading := read_message(text):
+        return reading
+    if not is_like_a_path(text):
+        raise OptionError(
+            "this is neither a path nor a message that is known",
+            where=one_line(text, limit=200) or "an empty text",
+            why=NOT_READ if text.strip() else "",
+            fix=TAKES,
+        )
+    return None
 
 
 def _one_config(config: Config, hf_model_config_path: PathLike | None) -> Config:

@@ -119,21 +119,13 @@ def name_tensors(
     if adapters:
         return refused_adapters(adapters, collisions)
     sources = {new: tensors[old] for new, old in olds.items()}
-    hub_shapes = {name: expr.shape for name, expr in facts.published.items()}
     dialect = given.dialect or _dialect(sources, facts)
     tied = facts.tied if dialect == TRANSFORMERS else facts.tied_on_hub
     work = _Naming(facts, sources, tied, given, problems=collisions, ranks=ranks)
     work.base = base if base is None or target == HUB else Base(base.directory, _in_memory(base.tensors, work))
-    rules: Mapping[str, Expr]
-    if dialect == TRANSFORMERS:
-        written = {name: shape for name, shape in facts.memory.items() if name not in facts.tied}
-        rules = facts.published if target == HUB else _unchanged(written)
-        outputs = _apply(work, rules, written)
-        expected = hub_shapes if target == HUB else written
-    else:
-        rules = _unchanged(hub_shapes) if target == HUB else _inverted(work)
-        outputs = _apply(work, rules, hub_shapes)
-        expected = {name: rule.shape for name, rule in rules.items()}
+    rules, wanted = _rules(work, dialect, target)
+    outputs = _apply(work, rules, wanted)
+    expected = {name: rule.shape for name, rule in rules.items()}
     diagnosed = work.diagnosis if work.problems else None
     if given.diagnosis is None and diagnosed is not None:
         work.problems[:0] = diagnosed.problem()
@@ -143,6 +135,16 @@ def name_tensors(
         unloaded=tuple(work.unloaded), problems=tuple(work.problems), mismatches=tuple(work.mismatches),
         diagnosis=diagnosed,
     )  # fmt: skip
+
+
+def _rules(work: _Naming, dialect: str, target: str) -> tuple[Mapping[str, Expr], Mapping[str, Shape]]:
+    """What makes each output of the target's dialect, and the shapes that it wants of tensors of the other dialect."""
+    facts = work.facts
+    if dialect == TRANSFORMERS:
+        written = {name: shape for name, shape in facts.memory.items() if name not in facts.tied}
+        return facts.published if target == HUB else _unchanged(written), written
+    published = {name: expr.shape for name, expr in facts.published.items()}
+    return _unchanged(published) if target == HUB else _inverted(work), published
 
 
 def refused_adapters(names: Sequence[str], problems: Sequence[Problem] = ()) -> Named:
