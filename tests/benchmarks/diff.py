@@ -8,17 +8,15 @@ with one in which every element moved as far as a tenth of its size, and with it
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
-from tests.benchmarks.merge import status
+from tests.benchmarks.running import run_with_options, status
 
 _RATIO, _MIB = 4.0, 300  # times cmp, for the first of the cases; MiB above imports
 _CASES = ("trained", "all", "equal")
@@ -123,16 +121,7 @@ def main() -> None:
     if sys.argv[1:2] == ["--measure"]:
         _measure(*sys.argv[2:4])
         return
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--gigabytes", type=float, default=3.0)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--dir", type=Path, help="keep the models here for the next run")
-    options = parser.parse_args()
-    if options.dir:
-        _run(options.dir, options.gigabytes, options.rounds)
-        return
-    with tempfile.TemporaryDirectory(prefix="nbmerge-benchmark-") as directory:
-        _run(Path(directory), options.gigabytes, options.rounds)
+    run_with_options(__doc__, lambda where, o: _run(where, o.gigabytes, o.rounds))
 
 
 if __name__ == "__main__":

@@ -7,15 +7,15 @@ Prints the median of each and their ratio. The fixed start (imports and the meta
 
 from __future__ import annotations
 
-import argparse
 import json
 import shutil
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
+
+from tests.benchmarks.running import run_with_options, status
 
 _LIMITS = {"fsdp": (1.5, 150), "megatron": (1.6, 200)}  # times cp and sync, MiB
 
@@ -52,14 +52,6 @@ def _measure(checkpoint: str, target: str, **options: str) -> None:
             }
         )
     )
-
-
-def status(field: str) -> int:
-    """A field of /proc/self/status, in KiB."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1])
-    raise LookupError(field)
 
 
 def _copy(files: list[Path], target: Path) -> float:
@@ -106,17 +98,7 @@ def main() -> None:
     if sys.argv[1:2] == ["--measure"]:
         _measure(*sys.argv[2:4], **dict(word.split("=", 1) for word in sys.argv[4:]))
         return
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--layout", choices=sorted(_LIMITS), default="fsdp")
-    parser.add_argument("--gigabytes", type=float, default=3.0)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--dir", type=Path, help="keep the checkpoint here for the next run")
-    options = parser.parse_args()
-    if options.dir:
-        _run(options.dir, options.layout, options.gigabytes, options.rounds)
-        return
-    with tempfile.TemporaryDirectory(prefix="nbmerge-benchmark-") as directory:
-        _run(Path(directory), options.layout, options.gigabytes, options.rounds)
+    run_with_options(__doc__, lambda where, o: _run(where, o.layout, o.gigabytes, o.rounds), *_LIMITS)
 
 
 if __name__ == "__main__":

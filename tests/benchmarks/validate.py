@@ -8,17 +8,16 @@ with a copy of itself. Both find all files in the page cache.
 
 from __future__ import annotations
 
-import argparse
 import json
 import shutil
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
-from tests.benchmarks.merge import one_merge, status
+from tests.benchmarks.merge import one_merge
+from tests.benchmarks.running import run_with_options, status
 
 _LIMIT, _MIB = 2.5, 300  # times cmp, MiB
 
@@ -94,17 +93,7 @@ def main() -> None:
     if sys.argv[1:2] == ["--measure"]:
         _measure(*sys.argv[2:])
         return
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--layout", choices=["fsdp", "megatron"], default="fsdp")
-    parser.add_argument("--gigabytes", type=float, default=3.0)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--dir", type=Path, help="keep the checkpoint here for the next run")
-    options = parser.parse_args()
-    if options.dir:
-        _run(options.dir, options.layout, options.gigabytes, options.rounds)
-        return
-    with tempfile.TemporaryDirectory(prefix="nbmerge-benchmark-") as directory:
-        _run(Path(directory), options.layout, options.gigabytes, options.rounds)
+    run_with_options(__doc__, lambda where, o: _run(where, o.layout, o.gigabytes, o.rounds), "fsdp", "megatron")
 
 
 if __name__ == "__main__":
