@@ -7,12 +7,11 @@ import io
 import logging
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 from nbmerge.arguments import HelpRequested, Parser, add_options, given_options
 from nbmerge.errors import NbmergeError, OptionError, one_line, plural, summarise
-from nbmerge.options import OPEN_OPTIONS, DiffOptions, ExplainOptions, MergeOptions, ValidateOptions
+from nbmerge.options import OPEN_OPTIONS, DiffOptions, ExplainOptions, MergeOptions, ValidateOptions, expanded_path
 
 OK, PROBLEM, USAGE, INTERRUPTED = 0, 1, 2, 130
 _PROGRAM = "python -m nbmerge"
@@ -140,7 +139,7 @@ def _explain(options: argparse.Namespace) -> int:
 def _demo(options: argparse.Namespace) -> int:
     from nbmerge.demo import run
 
-    return run(Path(options.dir).expanduser() if options.dir else None)
+    return run(expanded_path(options.dir) if options.dir else None)
 
 
 def _say_what_is_not_needed(given: dict[str, Any]) -> None:

@@ -21,7 +21,7 @@ from nbmerge.loaders.base import existing_directory
 from nbmerge.memory import checkpoint_of
 from nbmerge.naming.model import HFModel, auto_class_name
 from nbmerge.opening import open_checkpoint, plan_merge
-from nbmerge.options import OPEN_ONLY, OPEN_OPTIONS
+from nbmerge.options import OPEN_ONLY, OPEN_OPTIONS, expanded_path
 from nbmerge.plan import MergePlan
 from nbmerge.report import MergeReport
 
@@ -84,14 +84,14 @@ class BaseModelMerger:
     @property
     def local_dir(self) -> Path:
         """The checkpoint's directory."""
-        return Path(str(self.config.local_dir)).expanduser()
+        return expanded_path(str(self.config.local_dir))
 
     @property
     def hf_model_config_path(self) -> Path:
         """The directory of config.json and the tokenizer."""
         given = self.config.hf_model_config_path
         if given:
-            return Path(given).expanduser()
+            return expanded_path(given)
         found = choose_loader(existing_directory(self.local_dir), self.backend).config_directory(self.local_dir)
         return found or self.local_dir / "huggingface"
 

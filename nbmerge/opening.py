@@ -60,7 +60,7 @@ def open_checkpoint(
             workers=workers or min(8, 2 * (os.cpu_count() or 1)),
             listener=listen,
         )
-        return open_checkpoint_directory(Path(path).expanduser(), backend, options)
+        return open_checkpoint_directory(expanded_path(os.fspath(path)), backend, options)
 
 
 def plan_merge(checkpoint: Checkpoint | PathLike, *, progress: bool | None = None, **options: Any) -> MergePlan:

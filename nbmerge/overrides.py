@@ -6,11 +6,11 @@ import json
 import os
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from nbmerge.errors import OptionError
 from nbmerge.geometry import REPLICATE, Placement
+from nbmerge.options import expanded_path
 
 _SHARD = re.compile(
     r"_?(?:Shard|StridedShard)\(\s*(?:dim\s*=\s*)?(\d+)\s*(?:,\s*(?:sf|split_factor)\s*=\s*(\d+)\s*)?\)"
@@ -21,7 +21,7 @@ def read_placements(given: str | os.PathLike[str] | Mapping[str, Any]) -> dict[s
     """Placements by name pattern, from a mapping or a JSON file of one. Raises OptionError."""
     content: Any = given
     if not isinstance(given, Mapping):
-        path = Path(given).expanduser()
+        path = expanded_path(os.fspath(given))
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:

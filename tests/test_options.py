@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import MISSING, fields
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 import nbmerge
-from nbmerge import NotSupportedError, OptionError
+from nbmerge import NotACheckpointError, NotSupportedError, OptionError
 from nbmerge.arguments import Parser, add_options, given_options, with_underscores
-from nbmerge.options import MergeOptions, parse_size
+from nbmerge.options import MergeOptions, expanded_path, parse_size
 from tests.support.messages import assert_says, refusal
 
 KEYWORDS = {
@@ -112,3 +113,12 @@ def test_a_wrong_value_is_told_with_the_right_ones(option: dict[str, object], wo
 def test_what_is_not_done_yet_is_said_before_anything_is_read(name: str):
     assert_says(refusal(NotSupportedError, MergeOptions, **{name: "x"}), "not supported yet", "fix:")
     assert issubclass(NotSupportedError, NotImplementedError)
+
+
+def test_a_path_of_a_user_that_is_not_there_is_a_path_like_any_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert expanded_path("~/a") == tmp_path / "a"
+    assert expanded_path("~no_such_user/a") == Path("~no_such_user/a")
+    for work in (nbmerge.open_checkpoint, nbmerge.merge, nbmerge.validate):
+        with pytest.raises(NotACheckpointError, match="no such directory"):
+            work("~no_such_user/a")

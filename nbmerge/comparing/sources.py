@@ -11,6 +11,7 @@ from typing import Any
 from nbmerge.errors import NotACheckpointError
 from nbmerge.layout import Checkpoint
 from nbmerge.opening import PathLike
+from nbmerge.options import expanded_path
 from nbmerge.weights import Source, Weights, weights_of
 
 _STEP = re.compile(r"(?:global_step|checkpoint|iter|step)[_-](\d+)")
@@ -50,7 +51,7 @@ def run_checkpoints(run: PathLike) -> list[Path]:
 
     `checkpoint-N`, `iter_N` and `step_N` count too. Raises NotACheckpointError where there are fewer than two.
     """
-    directory = Path(os.fspath(run)).expanduser()
+    directory = expanded_path(os.fspath(run))
     found: list[tuple[int, Path]] = []
     for child in directory.iterdir() if directory.is_dir() else ():
         match = _STEP.fullmatch(child.name)
