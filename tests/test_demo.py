@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -283,3 +284,19 @@ def _wait_for_child(pid: int) -> int:
             return int(found[0])
         time.sleep(0.05)
     raise AssertionError("no worker was started")
+
+
+def test_an_interrupt_while_the_worker_starts_waits_until_the_worker_is_known(monkeypatch, tmp_path: Path) -> None:
+    started: list[subprocess.Popen[str]] = []
+    real = subprocess.Popen
+
+    def interrupted(*words: Any, **options: Any) -> subprocess.Popen[str]:
+        started.append(real(*words, **options))
+        signal.raise_signal(signal.SIGINT)
+        return started[0]
+
+    monkeypatch.setattr(subprocess, "Popen", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        make_checkpoint(tmp_path / "run")
+    assert started[0].returncode == -signal.SIGKILL
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

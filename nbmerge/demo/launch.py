@@ -8,9 +8,11 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
-from contextlib import suppress
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import nbmerge
@@ -64,11 +66,13 @@ def make_checkpoints(
 def _run_worker(jobs_file: Path, timeout: float) -> None:
     """Runs the worker to its end. Whatever happens, no process of it is left behind."""
     words = [sys.executable, "-m", "nbmerge.demo.worker", str(jobs_file)]
-    process = subprocess.Popen(
-        words, env=_environment(), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        text=True, start_new_session=True,
-    )  # fmt: skip
+    process = None
     try:
+        with _interrupts_held():  # an interrupt inside Popen would leave a worker that nobody knows
+            process = subprocess.Popen(
+                words, env=_environment(), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                text=True, start_new_session=True,
+            )  # fmt: skip
         output, _ = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired as error:
         raise DemoError(
@@ -77,7 +81,8 @@ def _run_worker(jobs_file: Path, timeout: float) -> None:
             fix="try again, or pass a longer timeout",
         ) from error
     finally:
-        _end_group(process)
+        if process is not None:
+            _end_group(process)
     if process.returncode:
         lines = output.strip().splitlines() or [f"exit code {process.returncode}, and no word"]
         raise DemoError(
@@ -86,6 +91,22 @@ def _run_worker(jobs_file: Path, timeout: float) -> None:
             why=lines[-1],
             fix="if transformers can make a model of this recipe, install the versions that nbmerge asks for",
         ) from RuntimeError(output)  # the whole traceback, for whoever looks
+
+
+@contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Lets an interrupt that arrives within the block take effect at its end. Only the main thread gets any."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    held: list[tuple[int, FrameType | None]] = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: held.append((number, frame)))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if held and callable(before):
+        before(*held[0])
 
 
 def _end_group(process: subprocess.Popen[str]) -> None:

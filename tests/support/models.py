@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import json
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -181,6 +181,13 @@ def tiny_model(name: str, dtype: str = "float32") -> Any:
 def memory_state(name: str, dtype: str = "float32") -> dict[str, torch.Tensor]:
     """The model's state dict with its in-memory names, tied copies included."""
     return {key: value.detach().clone() for key, value in tiny_model(name, dtype).state_dict().items()}
+
+
+def kept_in_fp32(name: str, tensors: Iterable[str]) -> set[str]:
+    """Which of the tensors the installed transformers keeps in fp32 beside bf16 weights: releases differ."""
+    kept = set(tiny_model(name)._keep_in_fp32_modules_strict)
+    assert "e_score_correction_bias" in kept
+    return {tensor for tensor in tensors if any(f".{tensor}".endswith(f".{each}") for each in kept)}
 
 
 def tiny_config(name: str) -> Any:
