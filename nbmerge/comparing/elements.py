@@ -58,19 +58,26 @@ def sign_bit(dtype: DType) -> int:
     return 0 if dtype.name in _UNSIGNED_FLOATS else 1 << (8 * dtype.itemsize - 1)
 
 
-def widened(words: Words, dtype: DType) -> Values:
-    """The elements of a floating dtype as float32, exact but for float64. A view where they are float32 already."""
-    if dtype.name == "bfloat16":
-        shifted: Values = words.astype(np.uint32) << np.uint32(16)
-        return shifted.view(np.float32)
+def widened(words: Words, dtype: DType, out: Values | None = None) -> Values:
+    """The elements of a floating dtype as float32, exact but for float64. A view where they are float32 already.
+
+    out: where to put them, a float32 array of the same shape.
+    """
     if dtype.name == "float32":
         return words.view(np.float32)
-    if dtype.name == "float16":
-        return _halves(words)
-    if dtype.name == "float64":
-        return words.view(np.float64).astype(np.float32)
-    values: Values = _table(dtype.name)[words]
-    return values
+    if out is None:
+        out = np.empty(words.shape, np.float32)
+    if dtype.name == "bfloat16":
+        bits = out.view(np.uint32)
+        np.copyto(bits, words)
+        np.left_shift(bits, np.uint32(16), out=bits)
+    elif dtype.name == "float16":
+        _halves(words, out)
+    elif dtype.name == "float64":
+        np.copyto(out, words.view(np.float64), casting="same_kind")
+    else:
+        np.take(_table(dtype.name), words, out=out, mode="clip")
+    return out
 
 
 def as_float64(words: Words, dtype: DType) -> Values:
@@ -111,16 +118,14 @@ def rounded(words: Words, dtype: DType, to: DType) -> Words:
     return np.concatenate([from_torch(to_torch(part, dtype).to(target), to) for part in parts])
 
 
-def _halves(words: Words) -> Values:
+def _halves(words: Words, target: Values) -> None:
     """float16 as float32. torch has an instruction for it that numpy does not use."""
     import torch
 
     flat = torch.from_numpy(np.ascontiguousarray(words).view(np.float16))
-    target = np.empty(words.shape, np.float32)
     for start in range(0, len(words), _TORCH_GRAIN):
         stop = start + _TORCH_GRAIN
         torch.from_numpy(target[start:stop]).copy_(flat[start:stop])
-    return target
 
 
 @functools.cache

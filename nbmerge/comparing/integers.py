@@ -16,7 +16,7 @@ def integers(a: Words, b: Words, dtype: DType, tally: Tally, places: npt.NDArray
     before, after = as_integers(a, dtype), as_integers(b, dtype)
     # The difference of the greater and the lesser fits the unsigned type of the same size, also where it wraps.
     sizes = np.maximum(before, after).view(a.dtype) - np.minimum(before, after).view(a.dtype)
-    for bits, count in counts(bit_lengths(sizes)):
+    for bits, count in counts(bit_lengths(sizes)).items():
         tally.magnitudes[bits - 1] += count
     at = int(sizes.argmax())
     tally.offer(int(sizes[at]), int(places[at]), int(before[at]), int(after[at]))

@@ -17,6 +17,7 @@ import numpy.typing as npt
 from nbmerge.comparing.careful import careful
 from nbmerge.comparing.elements import is_integer, widened
 from nbmerge.comparing.integers import integers
+from nbmerge.comparing.scratch import scratch
 from nbmerge.comparing.tally import Tally, count_true, counts, distances
 from nbmerge.dtypes import DType
 from nbmerge.engine.read import Words
@@ -26,7 +27,7 @@ _SPARSE = 0.5  # of the elements: where fewer changed, taking them out is faster
 _ROW = 256  # products that are added in float32
 _NEAR = 1 / 16  # of ‖A‖²: where ‖Δ‖² is less, ‖B‖² and A·B follow from the rest without loss
 _LEAST = 2.0**-90  # a sum of squares below which single squares may have been lost to underflow
-_EXPONENT = np.uint32(24)  # of a float32 that was shifted left by one
+_MANTISSA = np.uint32(23)  # bits of a float32, below exponent and sign
 
 _Floats = npt.NDArray[np.float32]
 
@@ -64,7 +65,7 @@ def dot(x: _Floats, y: _Floats) -> float:
 
 
 def _piece(a: Words, b: Words, dtype: DType, tally: Tally, start: int, few: _Few) -> None:
-    unequal = a != b
+    unequal = np.not_equal(a, b, out=scratch("unequal", np.bool_, len(a)))
     changed = count_true(unequal)
     tally.elements += len(a)
     tally.changed += changed
@@ -80,8 +81,7 @@ def _piece(a: Words, b: Words, dtype: DType, tally: Tally, start: int, few: _Few
         if changed < _SPARSE * len(a):
             few.take(a, b, start, unequal if changed else None)
         else:
-            found = _Moved(a, b, widened(a, dtype), widened(b, dtype), dtype)
-            found.tell(tally, len(a) - changed, start)
+            _Moved(a, b, dtype, len(a) - changed).tell(tally, start)
     except _Unsafe:
         careful(a, b, dtype, tally, start)
 
@@ -103,7 +103,7 @@ class _Few:
 
     def take(self, a: Words, b: Words, start: int, unequal: npt.NDArray[np.bool_] | None) -> None:
         """Takes the changed elements of a piece, and the sum of all squares. Raises _Unsafe and takes nothing."""
-        square = _norm2(widened(a, self._dtype))
+        square = _norm2(_wide("before", a, self._dtype))
         if unequal is None:
             self._tally.add_products(square, square, square, 0.0, 0.0)
             return
@@ -121,53 +121,65 @@ class _Few:
             return
         a, b = (np.concatenate(parts) for parts in zip(*self._taken, strict=True))
         try:
-            found = _Moved(a, b, widened(a, self._dtype), widened(b, self._dtype), self._dtype)
+            found = _Moved(a, b, self._dtype, 0)
             # What did not change may be far smaller than what did: only then is it summed by itself.
             same = self._square - found.aa if 2 * found.aa < self._square else self._unchanged_square()
         except _Unsafe:
             for start, piece_a, piece_b, _ in self._pieces:
                 careful(piece_a, piece_b, self._dtype, self._tally, start)
         else:
-            found.tell(self._tally, 0, np.concatenate([start + places for start, _, _, places in self._pieces]))
+            found.tell(self._tally, np.concatenate([start + places for start, _, _, places in self._pieces]))
             self._tally.add_products(same, same, same, 0.0, 0.0)
         self._clear()
 
     def _unchanged_square(self) -> float:
         total = 0.0
         for _, a, _, places in self._pieces:
-            rest = widened(a, self._dtype).copy()
+            rest = _wide("rest", a, self._dtype).copy()
             rest[places] = 0
             total += _norm2(rest)
         return total
 
 
 class _Moved:
-    """Elements of which all, or a good part, changed. Raises _Unsafe before anything is told."""
+    """Elements of which all, or a good part, changed. Raises _Unsafe before anything is told.
 
-    def __init__(self, a: Words, b: Words, before: _Floats, after: _Floats, dtype: DType) -> None:
-        self._a, self._b, self._dtype = a, b, dtype
-        self._before, self._after = before, after
-        delta = after - before
-        self._products = _products(before, after, delta)
+    unchanged: how many did not. All of it lies in this thread's scratch memory, so that there is one of them at a time.
+    """
+
+    def __init__(self, a: Words, b: Words, dtype: DType, unchanged: int) -> None:
+        self._a, self._b, self._dtype, self._unchanged = a, b, dtype, unchanged
+        self._before, self._after = _wide("before", a, dtype), _wide("after", b, dtype)
+        self._delta = np.subtract(self._after, self._before, out=scratch("delta", np.float32, len(a)))
+        self._products = _products(self._before, self._after, self._delta)
         self.aa = self._products[0]
-        self._sizes = delta.view(np.uint32) << np.uint32(1)  # as large as |Δ| is, without its sign
-        self._exponents = (self._sizes >> _EXPONENT).astype(np.uint8)
-        self._zeros = len(a) - int(np.count_nonzero(self._sizes))
-        if self._zeros != len(a) - int(np.count_nonzero(self._exponents)):
+        shifted = np.right_shift(self._delta.view(np.uint32), _MANTISSA, out=scratch("shifted", np.uint32, len(a)))
+        exponents = scratch("exponents", np.uint8, len(a))
+        np.copyto(exponents, shifted, casting="same_kind")  # the sign falls off
+        self._exponents = counts(exponents)
+        self._zeros = self._exponents.pop(0, 0)
+        # Equal elements have no difference; where more have the exponent of 0, their other bits tell.
+        if self._zeros != unchanged and np.count_nonzero(self._delta) != len(a) - self._zeros:
             raise _Unsafe("differences below the least normal float32")
 
-    def tell(self, tally: Tally, unchanged: int, places: Any) -> None:
-        """Adds it to the tally. unchanged: how many of the elements did not change; places: theirs, or the first's."""
+    def tell(self, tally: Tally, places: Any) -> None:
+        """Adds it to the tally. places: theirs, or the first's."""
         tally.add_products(*self._products)
-        tally.unmoved += self._zeros - unchanged
-        for exponent, count in counts(self._exponents, self._zeros):
+        tally.unmoved += self._zeros - self._unchanged
+        for exponent, count in self._exponents.items():
             tally.magnitudes[exponent - 127] += count
-        at = int(self._sizes.argmax())
-        if self._sizes[at]:
-            before, after = self._before[at], self._after[at]
+        ends = int(self._delta.argmax()), int(self._delta.argmin())
+        at = min(ends, key=lambda at: (-abs(self._delta[at]), at))
+        if self._delta[at]:
             place = int(places[at]) if isinstance(places, np.ndarray) else places + at
-            tally.offer(abs(float(after - before)), place, float(before), float(after))
-        distances(self._a, self._b, self._dtype, tally, unchanged)
+            tally.offer(float(abs(self._delta[at])), place, float(self._before[at]), float(self._after[at]))
+        distances(self._a, self._b, self._dtype, tally, self._unchanged)
+
+
+def _wide(name: str, words: Words, dtype: DType) -> _Floats:
+    """The elements as float32, in scratch memory of this name where they are not float32 already."""
+    out = None if dtype.name == "float32" else scratch(name, np.float32, len(words))
+    return widened(words, dtype, out)
 
 
 def _products(a: _Floats, b: _Floats, delta: _Floats) -> tuple[float, float, float, float, float]:

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Mapping
 
 import numpy as np
 import numpy.typing as npt
 
 from nbmerge.comparing.elements import sign_bit
+from nbmerge.comparing.scratch import scratch
 from nbmerge.comparing.statistics import Largest, Products, Statistics, fixed
 from nbmerge.dtypes import DType
 from nbmerge.engine.read import Words
 
-_FEW, _MOST_PASSES = 32, 24  # the tail is a 32nd of the elements, or what 24 values do not cover
+_BYTE = 256
 
 
 class Tally:
@@ -69,32 +70,12 @@ class Tally:
         )
 
 
-def counts(values: npt.NDArray[np.uint8], zeros: int | None = None) -> Iterator[tuple[int, int]]:
-    """Every value that occurs and how often; made for histograms with a long thin tail below. Of 0, where `zeros` says
-    how often it occurs, nothing.
+def counts(values: npt.NDArray[np.uint8]) -> dict[int, int]:
+    """Every value that occurs, and how often. torch counts without the interpreter's lock, and numpy with it."""
+    import torch
 
-    Counting one value after the other, from the greatest, is several times as fast as np.bincount as long as most
-    elements have few values. The last few elements, whatever they are, are then taken out and counted.
-    """
-    left = len(values) - (zeros or 0)
-    if not left:
-        return
-    value = int(values.max())
-    few = left // _FEW
-    for _ in range(_MOST_PASSES):
-        if left <= few:
-            break
-        count = count_true(values == np.uint8(value))
-        if count:
-            yield value, count
-        left -= count
-        value -= 1
-    if left:
-        tail = values <= np.uint8(value)
-        if zeros:
-            tail &= values > 0
-        found = np.bincount(values[np.flatnonzero(tail)])
-        yield from ((int(rest), int(found[rest])) for rest in np.flatnonzero(found))
+    found = torch.bincount(torch.from_numpy(values)).tolist()
+    return {value: count for value, count in enumerate(found) if count}
 
 
 def count_true(flags: npt.NDArray[np.bool_]) -> int:
@@ -109,27 +90,43 @@ def distances(a: Words, b: Words, dtype: DType, tally: Tally, unchanged: int) ->
     distance is the difference of magnitudes, and across zero their sum. unchanged: how many elements are equal.
     """
     sign = a.dtype.type(sign_bit(dtype))
-    apart = np.maximum(a, b)
-    apart -= np.minimum(a, b)
+    apart = np.maximum(a, b, out=scratch(f"apart{a.itemsize}", a.dtype, len(a)))
+    other = np.minimum(a, b, out=scratch(f"other{a.itemsize}", a.dtype, len(a)))
+    apart -= other
     if sign:
-        across = np.flatnonzero((a ^ b) >= sign)
-        if len(across):
+        np.bitwise_xor(a, b, out=other)
+        flips = np.greater_equal(other, sign, out=scratch("flips", np.bool_, len(a)))
+        if count_true(flips):
+            across = np.flatnonzero(flips)
             below = a.dtype.type(int(sign) - 1)
             of_a, of_b = a[across] & below, b[across] & below
             apart[across] = of_a + of_b
             tally.flips += int(np.count_nonzero((of_a != 0) & (of_b != 0)))
-    zeros = len(apart) - int(np.count_nonzero(apart))
-    for number, count in _bins(apart, zeros):
+    for number, count in _bins(apart).items():
         tally.ulps[number] += count
     tally.ulps[0] -= unchanged
 
 
-def _bins(apart: Words, zeros: int) -> Iterator[tuple[int, int]]:
+def _bins(apart: Words) -> Mapping[int, int]:
     """The bins 0, 1, 2, 3–4, 5–8, … with their counts: a distance over 0 is in bin 1 + (the bits of distance - 1)."""
-    yield 0, zeros
+    bins: Counter[int] = Counter()
+    if not len(apart) or apart.max() < _BYTE:
+        narrow = scratch("narrow", np.uint8, len(apart))
+        np.copyto(narrow, apart, casting="same_kind")
+        for distance, count in counts(narrow).items():
+            bins[_bin(distance)] += count
+        return bins
     one = apart.dtype.type(1)
-    for bits, count in counts(bit_lengths(np.maximum(apart, one) - one)):
-        yield 1 + bits, count - (0 if bits else zeros)
+    bins[0] = len(apart) - int(np.count_nonzero(apart))
+    np.maximum(apart, one, out=apart)
+    apart -= one
+    bins.update({1 + bits: count for bits, count in counts(bit_lengths(apart)).items()})
+    bins[1] -= bins[0]
+    return bins
+
+
+def _bin(distance: int) -> int:
+    return 1 + (distance - 1).bit_length() if distance else 0
 
 
 def bit_lengths(values: Words) -> npt.NDArray[np.uint8]:
@@ -137,11 +134,16 @@ def bit_lengths(values: Words) -> npt.NDArray[np.uint8]:
     if values.itemsize >= 4:
         # Without the bit below the leading one, no rounding to a float reaches the next power of two.
         values = values & ~(values >> values.dtype.type(1))
-    lengths: npt.NDArray[np.uint8]
+    lengths: npt.NDArray[np.uint8] = scratch("lengths", np.uint8, len(values))
     if values.itemsize == 8:
         exponents = (values.astype(np.float64).view(np.uint64) >> np.uint64(52)).astype(np.int64)
-        lengths = (np.maximum(exponents, 1022) - 1022).astype(np.uint8)
-    else:
-        narrow = (values.astype(np.float32).view(np.uint32) >> np.uint32(23)).astype(np.uint8)
-        lengths = np.maximum(narrow, np.uint8(126)) - np.uint8(126)
+        np.copyto(lengths, np.maximum(exponents, 1022) - 1022, casting="unsafe")
+        return lengths
+    floats = scratch("floats", np.float32, len(values))
+    np.copyto(floats, values)
+    bits = floats.view(np.uint32)
+    np.right_shift(bits, np.uint32(23), out=bits)
+    np.copyto(lengths, bits, casting="same_kind")
+    np.maximum(lengths, np.uint8(126), out=lengths)
+    np.subtract(lengths, np.uint8(126), out=lengths)
     return lengths

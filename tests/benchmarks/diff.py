@@ -32,6 +32,8 @@ def one_diff(a: Path, b: Path, *options: str) -> dict[str, float]:
 
 
 def _measure(a: str, b: str) -> None:
+    import torch  # noqa: F401 - whoever compares models has imported it: 1.3 s and 200 MiB that are no comparison's
+
     from nbmerge.comparing.differ import diff_weights
     from nbmerge.weights import weights_of
 
