@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 
 from nbmerge.explaining import head_patterns, model_patterns, name_patterns, shape_patterns
-from nbmerge.explaining.candidates import Candidate, Mismatch, Pattern, Strength, ranked
+from nbmerge.explaining.candidates import Candidate, Known, Mismatch, Pattern, Strength, ranked
+from nbmerge.geometry import Shape
 
 PATTERNS: tuple[Pattern, ...] = (
     shape_patterns.empty_placeholder,
@@ -68,3 +70,18 @@ def why(asked: Mismatch, otherwise: str) -> str:
     if not found or found[0].strength == Strength.WEAK:
         return otherwise
     return "; or ".join(str(each) for each in leading(found)[:3])
+
+
+def likely_cause(name: str, held: Iterable[Shape], wanted: Shape, ranks: int) -> str:
+    """`: ` and a known cause of the first shape that has one, to follow the `why` of an error; else nothing.
+
+    held: shapes that a tensor may be said to have, the likelier first; ranks: among how many it was divided.
+    """
+    causes = (why(Mismatch(shape, wanted, name, Known(ranks)), "") for shape in held)
+    return next((f": {cause}" for cause in causes if cause), "")
+
+
+def likely_cause_either_way(name: str, one: Shape, other: Shape, ranks: int) -> str:
+    """The same for two shapes of which either can be the wrong one."""
+    ways = likely_cause(name, [one], other, ranks), likely_cause(name, [other], one, ranks)
+    return ": " + "; or ".join(way.removeprefix(": ") for way in ways if way) if any(ways) else ""

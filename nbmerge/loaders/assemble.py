@@ -8,8 +8,7 @@ from math import prod
 from typing import TypeVar
 
 from nbmerge.errors import Problem, listing
-from nbmerge.explaining.candidates import Known, Mismatch
-from nbmerge.explaining.table import why
+from nbmerge.explaining.table import likely_cause
 from nbmerge.expressions import Expr, Paste, Stored
 from nbmerge.geometry import Box, Placement, Shape, local_box, tiling_faults, unravel
 from nbmerge.layout import Chunk, LazyTensor, MeshAxis
@@ -96,7 +95,7 @@ class Assembler:
                     where=piece.stored.file,
                     why=f"global shape {list(piece.shape)}, mesh {piece.mesh_shape}, at {piece.coordinate}, "
                     + ", ".join(map(str, piece.placements))
-                    + _cause(name, [piece.stored.shape], box.shape, prod(piece.mesh_shape)),
+                    + likely_cause(name, [piece.stored.shape], box.shape, prod(piece.mesh_shape)),
                     fix="if the mesh or the placements in the file are wrong, pass --mesh_shape and --placements",
                     kind="contradiction",
                 )
@@ -150,7 +149,7 @@ class Assembler:
             return Problem(
                 f"{name}: the ranks hold {held}, and the config demands {list(wanted)}",
                 why="neither one copy nor their rows put together have that shape"
-                + _cause(name, [whole] if rows is None else [rows, whole], wanted, self.world_size),
+                + likely_cause(name, [whole] if rows is None else [rows, whole], wanted, self.world_size),
                 fix="check that the config is this model's; else say how it lies: --mesh_shape and --placements FILE",
                 kind="contradiction",
             )
@@ -225,12 +224,6 @@ def paste(
     else:
         expr = Paste(shape, dtype, tuple((chunk.box.offset, chunk.stored) for chunk in filled))
     return LazyTensor(name, expr, chunks, mesh)
-
-
-def _cause(name: str, held: Iterable[Shape], wanted: Shape, ranks: int) -> str:
-    """`: ` and a known cause of the first shape that has one; nothing where no pattern is likely."""
-    causes = (why(Mismatch(shape, wanted, name, Known(ranks)), "") for shape in held)
-    return next((f": {cause}" for cause in causes if cause), "")
 
 
 def _row_sharded_shape(shapes: list[Shape]) -> Shape | None:

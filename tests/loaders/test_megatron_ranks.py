@@ -326,6 +326,14 @@ class TestLatentAttention:
         message = refusal(InconsistentCheckpointError, opened, tmp_path, {"q_lora_rank": 5})
         assert_says(message, "linear_q_down_proj.weight has 7 rows", "[5, 6]", "fix:")
 
+    def test_a_down_projection_that_was_put_together_from_copies_is_explained(self, tmp_path: Path):
+        want = gpt(1, latent_layer)
+        name = "decoder.layers.0.self_attention.linear_q_down_proj.weight"
+        want[name] = torch.cat([want[name]] * 2)
+        write_verl(tmp_path, rank_states(want, Ranks(stages=[[1]], tp=2)))
+        message = refusal(InconsistentCheckpointError, opened, tmp_path)
+        assert_says(message, "12 rows", "12 = 2 · 6: a replicated tensor was concatenated once for each of 2 ranks")
+
     def test_a_down_projection_of_which_nothing_is_known(self, tmp_path: Path):
         want = {name: t for name, t in gpt(1, latent_layer).items() if "_up_proj" not in name}
         write_verl(tmp_path, rank_states(want, Ranks(stages=[[1]], tp=2)))
@@ -467,6 +475,26 @@ class TestContradictions:
         assert_says(message, "3 problems", "shape of decoder.final_layernorm.weight: [10] and [3]", "mp_rank_00_001",
                     "dtype of output_layer.weight: bfloat16 and float32", "decoder.layers.1.self_attention.linear_proj",
                     "fix:")  # fmt: skip
+
+    def test_a_disagreement_that_has_a_known_cause_names_it(self, tmp_path: Path):
+        write_verl(tmp_path, rank_states(gpt(1), Ranks(stages=[[1]], tp=2)))
+
+        def change(chunks: Any) -> None:
+            chunks[0]["decoder.final_layernorm.weight"] = random_tensor(2 * Sizes.hidden)
+
+        changed(tmp_path / "mp_rank_01" / "model.pt", change)
+        message = refusal(InconsistentCheckpointError, opened, tmp_path)
+        assert_says(
+            message, "not of one save: ", "1/2 of the tensor", "; or 20 = 2 · 10: a replicated tensor was concaten"
+        )
+
+    def test_an_up_projection_that_was_padded_is_explained(self, tmp_path: Path):
+        want = gpt(1)
+        want["decoder.layers.0.mlp.linear_fc1.weight"] = random_tensor(56, Sizes.hidden)
+        want["decoder.layers.0.mlp.linear_fc2.weight"] = random_tensor(Sizes.hidden, 14)
+        write_verl(tmp_path, rank_states(want, Ranks(stages=[[1]], tp=2)))
+        message = refusal(InconsistentCheckpointError, opened, tmp_path)
+        assert_says(message, "linear_fc1.weight has [28, 10]", "28 = 2 · 14: a replicated tensor was concatenated")
 
     def test_a_tensor_that_one_rank_does_not_have(self, tmp_path: Path):
         write_verl(tmp_path, rank_states(gpt(1), Ranks(stages=[[1]], tp=2)))

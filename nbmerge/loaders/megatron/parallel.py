@@ -8,10 +8,11 @@ input columns and keep a whole bias; norms, routers and all else is on every ran
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from nbmerge.errors import Problem
+from nbmerge.explaining.table import likely_cause
 from nbmerge.geometry import Box, Shape, with_dim
 from nbmerge.loaders.megatron.files import COPY_AGAIN
 from nbmerge.loaders.megatron.settings import Settings
@@ -98,21 +99,22 @@ def tensor_cut(name: str, shape: Shape, ranks: int, shape_of: ShapeOf, settings:
     if module == "output_layer" and shape[0] == 1:
         return _WHOLE  # a value head is a plain linear layer (verl's LinearForLastLayer)
     if module == "linear_fc1":
-        return _up_projection(name, match, shape, shape_of)
+        return _up_projection(name, match, shape, ranks, shape_of)
     return TensorCut(0) if module in _COLUMN else TensorCut(None, known=False)
 
 
-def _up_projection(name: str, match: re.Match[str], shape: Shape, shape_of: ShapeOf) -> TensorCut | Problem:
+def _up_projection(name: str, match: re.Match[str], shape: Shape, ranks: int, shape_of: ShapeOf) -> TensorCut | Problem:
     """linear_fc1 has twice the rows that linear_fc2 has columns where gate and up projection are one, else as many."""
     path, _, _, number = match.groups()
     down = f"{path}linear_fc2.weight{number}"
     width = shape_of(down)
     if width is None or len(width) != 2 or shape[0] not in (width[1], 2 * width[1]):
         held = "is not there" if width is None else f"has {list(width)}"
+        wanted = [] if width is None or len(width) != 2 else [with_dim(shape, 0, n * width[1]) for n in (2, 1)]
         return Problem(
             f"{name} has {list(shape)} on each rank, and {down} {held}",
             why="whether gate and up projection are one tensor shows in linear_fc2's columns: half as many as "
-            "linear_fc1's rows, or as many",
+            "linear_fc1's rows, or as many" + _first_cause(name, shape, wanted, ranks),
             fix=COPY_AGAIN,
             kind="ambiguous" if width is None else "contradiction",
         )
@@ -136,10 +138,15 @@ def _latent_down(
     return Problem(
         f"{name} has {shape[0]} rows on each of {ranks} tensor parallel ranks, where {wanted or 'nothing'} is expected",
         why="neither one rank's rows nor all ranks' together are the latent size that arguments, config.json "
-        "and the up projection give",
+        "and the up projection give" + _first_cause(name, shape, [with_dim(shape, 0, rows) for rows in wanted], ranks),
         fix="check that config.json is this model's",
         kind="contradiction" if wanted else "ambiguous",
     )
+
+
+def _first_cause(name: str, shape: Shape, wanted: Iterable[Shape], ranks: int) -> str:
+    """A known cause for a shape where one of several was wanted."""
+    return next(filter(None, (likely_cause(name, [shape], each, ranks) for each in wanted)), "")
 
 
 def _query_ranks(settings: Settings) -> Iterator[int]:

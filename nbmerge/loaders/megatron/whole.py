@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from nbmerge.errors import Problem, listing, plural
+from nbmerge.explaining.table import likely_cause_either_way
 from nbmerge.expressions import Stored
 from nbmerge.geometry import Box
 from nbmerge.layout import LazyTensor, MeshAxis
@@ -34,10 +35,11 @@ def disagreement(name: str, held: Sequence[Held], grid: Grid, *, of_one_expert: 
         said = ((str(list(one.stored.shape) if what == "shape" else one.stored.dtype), one) for one in held)
         if two := two_opinions(said):
             (a, first), (b, second) = two
+            one, other = first[0].stored.shape, second[0].stored.shape
             return Problem(
                 f"the ranks disagree on the {what} of {name}: {a} and {b}",
                 where=f"{grid.files[first[0].at]}; {grid.files[second[0].at]}",
-                why="the files of the ranks are not of one save",
+                why="the files of the ranks are not of one save" + likely_cause_either_way(name, one, other, grid.tp),
                 fix=COPY_AGAIN,
                 kind="contradiction",
             )
