@@ -32,6 +32,7 @@ def open_checkpoint(
     mesh_dim_names: str | tuple[str, ...] | None = None,
     mesh_shape: str | tuple[int, ...] | None = None,
     placements: PathLike | Mapping[str, Any] | None = None,
+    weights: str | None = None,
     workers: int | None = None,
     progress: bool | None = None,
 ) -> Checkpoint:
@@ -42,6 +43,7 @@ def open_checkpoint(
 
     backend: the loader, or `auto` to recognise it. hf_model_config_path: where config.json is, for a checkpoint
     without huggingface/. mesh_dim_names, mesh_shape, placements: override what the files say about the layout.
+    weights: `master` or `model`, of a DeepSpeed checkpoint that holds both; the masters by default.
     progress: a progress bar; by default for work that takes more than a moment.
 
     Raises NotACheckpointError, CheckpointError, UnsafePickleError.
@@ -57,6 +59,7 @@ def open_checkpoint(
             shapes=partial(_model_of, trust_remote_code=trust_remote_code),
             overrides=overrides,
             trust_pickle=trust_pickle,
+            weights=weights,
             workers=workers or min(8, 2 * (os.cpu_count() or 1)),
             listener=listen,
         )

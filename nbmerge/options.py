@@ -14,10 +14,12 @@ from nbmerge.errors import NotSupportedError, OptionError
 
 BACKENDS = ("auto", "fsdp", "megatron", "dcp", "deepspeed", "colossalai", "hf")
 DIALECTS = ("hub", "transformers")
+LORA_MODES = ("split", "fold", "adapter")
+WEIGHTS = ("master", "model")
 # The keywords of `open_checkpoint`. Planning reads three of them too; the others come too late once it is open.
 OPEN_OPTIONS = (
     "backend", "hf_model_config_path", "trust_pickle", "trust_remote_code", "mesh_dim_names", "mesh_shape",
-    "placements", "workers",
+    "placements", "weights", "workers",
 )  # fmt: skip
 OPEN_ONLY = frozenset(OPEN_OPTIONS) - {"hf_model_config_path", "trust_remote_code", "workers"}
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
@@ -68,26 +70,27 @@ class MergeOptions:
     base_model: str | None = _option(
         None, "directory of a base model that fills what is missing", shapes=True, metavar="DIR", path=True
     )
-    lora: str | None = _option(None, "split, fold or adapter", shapes=True)
-    weights: str | None = _option(None, "master or model, for checkpoints that hold both", shapes=True)
+    lora: str | None = _option(
+        None, "LoRA: split (base model and adapter), fold (into the weights), adapter (alone)",
+        shapes=True, choices=LORA_MODES,
+    )  # fmt: skip
+    weights: str | None = _option(
+        None, "of DeepSpeed: fp32 master weights (default), or the model's 16-bit ones",
+        shapes=True, choices=WEIGHTS,
+    )  # fmt: skip
     hf_upload_path: str | None = _option(None, "user/name of a Hub repository to upload to", metavar="REPO")
     private: bool = _option(False, "make the uploaded repository private")
     use_cpu_initialization: bool = _option(False, "accepted and not needed: a merge never uses a GPU")
 
     def __post_init__(self) -> None:
-        for name, allowed in (("backend", BACKENDS), ("dialect", DIALECTS)):
-            if getattr(self, name) not in allowed:
-                raise OptionError(f"{name}={getattr(self, name)!r}", fix=f"one of {', '.join(allowed)}")
+        for option in fields(self):
+            allowed, value = option.metadata.get("choices"), getattr(self, option.name)
+            if allowed and value is not None and value not in allowed:
+                raise OptionError(f"{option.name}={value!r}", fix=f"one of {', '.join(allowed)}")
         if self.dtype is not None:
             _floating(self.dtype)
         parse_size(self.max_shard_size)
         check_workers(self.workers)
-        for name in ("lora", "weights"):
-            if getattr(self, name) is not None:
-                raise NotSupportedError(
-                    f"{name}= is not supported yet: this version merges full weights of FSDP and Megatron checkpoints",
-                    fix=f"leave {name} out",
-                )
         if self.hf_upload_path:
             raise NotSupportedError(
                 "uploading is not supported yet",

@@ -109,9 +109,13 @@ def test_a_wrong_value_is_told_with_the_right_ones(option: dict[str, object], wo
     assert isinstance(OptionError("x"), ValueError)
 
 
-@pytest.mark.parametrize("name", ["lora", "weights", "hf_upload_path"])
-def test_what_is_not_done_yet_is_said_before_anything_is_read(name: str):
-    assert_says(refusal(NotSupportedError, MergeOptions, **{name: "x"}), "not supported yet", "fix:")
+@pytest.mark.parametrize("name", ["backend", "dialect", "lora", "weights"])
+def test_a_choice_that_is_none_lists_the_choices(name: str):
+    assert_says(refusal(OptionError, MergeOptions, **{name: "x"}), f"{name}='x'", "one of")
+
+
+def test_what_is_not_done_yet_is_said_before_anything_is_read():
+    assert_says(refusal(NotSupportedError, MergeOptions, hf_upload_path="x"), "not supported yet", "fix:")
     assert issubclass(NotSupportedError, NotImplementedError)
 
 

@@ -61,13 +61,15 @@ class OpenOptions:
     """How to open a checkpoint.
 
     config_dir: where config.json is, if not in the checkpoint; shapes: what the model expects;
-    workers: threads that read headers; listener: told of each file that has been read.
+    weights: `master` or `model` where a checkpoint holds both; workers: threads that read headers; listener: told of
+    each file that has been read.
     """
 
     config_dir: Path | None = None
     shapes: Callable[[Path | None], ExpectedShapes | None] = lambda config_dir: None
     overrides: Overrides = field(default_factory=Overrides)
     trust_pickle: bool = False
+    weights: str | None = None
     workers: int = 4
     listener: Listener = silent
 
