@@ -6,6 +6,7 @@
     report = nbmerge.merge(plan, "merged")                    # write it
     nbmerge.validate(report).raise_if_failed()                # prove it, every element against the shards
     nbmerge.diff("Qwen3-8B", ckpt)                            # what did training change, and where?
+    nbmerge.average([ckpt, other], "averaged")                # the mean of several checkpoints of one model
     nbmerge.explain(error)                                    # why do the shapes not match?
 
 Importing this costs no torch, transformers or matplotlib.
@@ -15,7 +16,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from nbmerge.api import diff, merge, trajectory, validate
+from nbmerge.api import average, diff, merge, trajectory, validate
 from nbmerge.comparing.model_diff import ModelDiff, TensorDiff
 from nbmerge.comparing.trajectory import Trajectory
 from nbmerge.errors import (
@@ -87,6 +88,7 @@ __all__ = [
     "ValidationReport",
     "Validator",
     "VerificationError",
+    "average",
     "diff",
     "explain",
     "load_ipython_extension",

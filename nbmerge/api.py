@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from nbmerge.errors import OptionError
 from nbmerge.layout import Checkpoint
 from nbmerge.opening import PLAN_TIME, PathLike, listener_of, make_plan_of, merge_options, refuse_given
+from nbmerge.options import OPEN_ONLY, OPEN_OPTIONS
 from nbmerge.plan import MergePlan
 from nbmerge.report import MergeReport
 
@@ -94,7 +95,7 @@ def carry_out(
 def validate(
     model_dir: PathLike | MergeReport,
     *,
-    checkpoint: Checkpoint | MergePlan | MergeReport | PathLike | None = None,
+    checkpoint: Checkpoint | MergePlan | MergeReport | PathLike | Sequence[Source] | None = None,
     reference: Source | None = None,
     checks: str | Sequence[str] = (),
     sample: float = 1.0,
@@ -125,6 +126,34 @@ def validate(
         trust_remote_code=trust_remote_code, trust_pickle=trust_pickle, workers=workers,
     )  # fmt: skip
     return validator.validate(progress=progress)
+
+
+def average(
+    checkpoints: Sequence[Source],
+    target_dir: PathLike | None = None,
+    *,
+    weights: Sequence[float] | None = None,
+    progress: bool | None = None,
+    **options: Any,
+) -> MergeReport:
+    """Merges the mean of several checkpoints of one model into a Hugging Face directory, in one pass over them all.
+
+        nbmerge.average(["global_step_80/actor", "global_step_100/actor"], "averaged", weights=[1, 3])
+
+    checkpoints: what `diff` takes. weights: one for each, of which the proportions count; equal ones by default. Each
+    element is Σ wᵢ·xᵢ / Σ wᵢ in float32, rounded once to the stored dtype; integers must be equal in all. options: the
+    keywords of `nbmerge.merge`. To prove the result: `validate(target_dir, checkpoint=checkpoints)`.
+
+    Raises as `merge` does, and InconsistentCheckpointError with all in which the checkpoints are not of one model.
+    """
+    from nbmerge.averaging import averaged_checkpoint
+
+    asked = merge_options(options)  # before anything is read
+    opening = {name: value for name, value in options.items() if name in OPEN_OPTIONS}
+    mean = averaged_checkpoint(checkpoints, weights, progress=progress, **opening)
+    rest = {name: value for name, value in options.items() if name not in OPEN_ONLY}
+    plan = make_plan_of(mean, merge_options(rest), progress)
+    return carry_out(plan, target_dir, overwrite=asked.overwrite, dry_run=asked.dry_run, progress=progress)
 
 
 def diff(

@@ -89,6 +89,15 @@ def _merge(options: argparse.Namespace) -> int:
     return OK
 
 
+def _average(options: argparse.Namespace) -> int:
+    import nbmerge
+
+    given = given_options(options, MergeOptions)
+    report = nbmerge.average(options.checkpoints, options.target_dir, **given)
+    print(report)
+    return OK
+
+
 def _test(options: argparse.Namespace) -> int:
     """verl's `test`: what the merge would write, against a directory, within verl's tolerances."""
     import nbmerge
@@ -154,6 +163,10 @@ _TEST_OPTIONS = {
 }  # fmt: skip
 
 
+# `--weights` are those of the average; DeepSpeed's are for who opens the checkpoints in Python.
+_AVERAGE_OPTIONS = set(MergeOptions.__dataclass_fields__) - {"weights", "use_cpu_initialization"}
+
+
 def _commands() -> dict[str, _Command]:
     merge = _Command("merge", "merge a checkpoint into a Hugging Face directory", _merge)
     merge.parser.add_argument("--local_dir", required=True, metavar="CKPT", help="the checkpoint's directory")
@@ -161,6 +174,13 @@ def _commands() -> dict[str, _Command]:
         "--target_dir", default="tmp", metavar="OUT", help="the directory to write; must not exist (default: tmp)"
     )
     add_options(merge.parser, MergeOptions)
+    average = _Command("average", "merge the mean of several checkpoints of one model", _average)
+    average.parser.add_argument("checkpoints", nargs="+", metavar="CKPT", help="directories of checkpoints or models")
+    average.parser.add_argument("--target_dir", required=True, metavar="OUT", help="the directory to write")
+    average.parser.add_argument(
+        "--weights", nargs="+", type=float, metavar="W", help="one for each checkpoint; default: all equal"
+    )
+    add_options(average.parser, MergeOptions, _AVERAGE_OPTIONS)
     test = _Command("test", "compare what a merge would write with a directory, as verl's test does", _test)
     test.parser.add_argument("--local_dir", required=True, metavar="CKPT", help="the checkpoint's directory")
     test.parser.add_argument("--test_hf_dir", required=True, metavar="REF", help="the directory to compare with")
@@ -184,7 +204,15 @@ def _commands() -> dict[str, _Command]:
     add_options(explain.parser, ExplainOptions)
     demo = _Command("demo", "make a small real FSDP checkpoint, merge it, and prove the result", _demo)
     demo.parser.add_argument("--dir", metavar="DIR", help="keep checkpoint and result in this new directory")
-    return {"merge": merge, "validate": validate, "test": test, "diff": diff, "explain": explain, "demo": demo}
+    return {
+        "merge": merge,
+        "average": average,
+        "validate": validate,
+        "test": test,
+        "diff": diff,
+        "explain": explain,
+        "demo": demo,
+    }
 
 
 _COMMANDS = _commands()

@@ -142,7 +142,8 @@ class Checkpoint(Displayed):
     names: whose names the tensors have, `transformers` (its own or published ones) or `megatron`;
     stated: what the run recorded of its model, to be held against config.json;
     strict_copies: whether ranks that hold one tensor must hold equal copies of it, as Megatron keeps them;
-    origin: for tensors that no file of `files` holds, what tells this checkpoint from another.
+    origin: for tensors that no file of `files` holds, what tells this checkpoint from another;
+    averaged: of an average, where each checkpoint lies that it is the mean of, with its weight.
     """
 
     path: Path
@@ -160,6 +161,7 @@ class Checkpoint(Displayed):
     stated: Stated = field(default_factory=Stated)
     strict_copies: bool = False
     origin: str = ""
+    averaged: tuple[tuple[str, float], ...] = ()
     problems: tuple[Problem, ...] = ()
 
     @property

@@ -41,8 +41,10 @@ def receipt(plan: MergePlan, digests: Mapping[str, str], drift: Sequence[Drift])
 def _source(plan: MergePlan) -> dict[str, Any]:
     """What was read."""
     checkpoint = plan.checkpoint
+    averaged = [{"path": str(Path(path).absolute()), "weight": weight} for path, weight in checkpoint.averaged]
     return {
         "path": str(checkpoint.path.absolute()),
+        **({"averaged": averaged} if averaged else {}),
         "backend": checkpoint.backend,
         "layout": checkpoint.layout,
         "world_size": checkpoint.world_size,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 _SOURCES = (str, os.PathLike, Checkpoint, MergePlan, MergeReport)
+_CHECKPOINTS = (*_SOURCES, list, tuple)  # several, of which the directory is the average
 
 
 class Validator(Displayed):
@@ -35,14 +36,15 @@ class Validator(Displayed):
         Validator("merged", checkpoint="global_step_100/actor").validate()
 
     model_dir: a Hugging Face directory, or the report of the merge that wrote it, whose checkpoint is then taken;
-    checkpoint: a path, an opened checkpoint, a plan, or a merge's report, whose plan is taken; reference: a directory,
+    checkpoint: a path, an opened checkpoint, a plan, a merge's report, whose plan is taken, or a list of checkpoints
+    that the directory is the average of; reference: a directory,
     or whatever `nbmerge.diff` takes; options: the fields of `ValidateOptions`. Raises OptionError.
     """
 
     def __init__(
         self,
         model_dir: PathLike | MergeReport,
-        checkpoint: PathLike | Checkpoint | MergePlan | MergeReport | None = None,
+        checkpoint: PathLike | Sequence[Source] | Checkpoint | MergePlan | MergeReport | None = None,
         reference: Source | None = None,
         **options: Any,
     ) -> None:
@@ -133,7 +135,7 @@ class Validator(Displayed):
 
 def _target_of(model_dir: Any, checkpoint: Any) -> tuple[Path, Any]:
     """The directory, and the path, checkpoint or plan that it is compared with. Raises OptionError for other things."""
-    if checkpoint is not None and not isinstance(checkpoint, _SOURCES):
+    if checkpoint is not None and not isinstance(checkpoint, _CHECKPOINTS):
         raise _no_source("checkpoint", checkpoint)
     if isinstance(checkpoint, MergeReport):
         checkpoint = checkpoint.plan

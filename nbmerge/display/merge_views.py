@@ -11,6 +11,7 @@ from nbmerge.display.change_views import change_tables, changes_in_words
 from nbmerge.display.checkpoint_views import dtypes_in_words, problem_alerts
 from nbmerge.display.model import ATTENTION, Alert, Cell, Column, Fact, Section, Table, View
 from nbmerge.errors import ConfigError, listing, plural
+from nbmerge.layout import Checkpoint
 from nbmerge.naming.model import auto_class_name
 from nbmerge.naming.notes import ZEROS
 from nbmerge.plan import Drift, MergePlan
@@ -76,7 +77,7 @@ def _plan_sentence(plan: MergePlan) -> str:
 
 def _plan_facts(plan: MergePlan) -> Iterator[Fact]:
     run = plan.execution
-    yield Fact("from", words.elide(str(plan.checkpoint.path), 2 * words.NAME_LIMIT), code=True)
+    yield from _sources(plan.checkpoint)
     yield Fact("model class", words.elide(plan.model_class), code=True)
     yield Fact("bytes", f"{words.exact_bytes(plan.total_bytes)} in all files")
     yield Fact("dtype", _dtypes(plan))
@@ -113,7 +114,7 @@ def _report_sentence(report: MergeReport, target: Path) -> str:
 def _report_facts(report: MergeReport, target: Path) -> Iterator[Fact]:
     plan = report.plan
     yield Fact("target", words.elide(str(target), 2 * words.NAME_LIMIT), code=True)
-    yield Fact("from", words.elide(str(plan.checkpoint.path), 2 * words.NAME_LIMIT), code=True)
+    yield from _sources(plan.checkpoint)
     if report.verification:
         yield Fact("verified", report.verification.sentence)
     speed = f", {words.byte_size(report.bytes_per_second)}/s" if report.written_bytes else ""
@@ -126,6 +127,15 @@ def _report_facts(report: MergeReport, target: Path) -> Iterator[Fact]:
     yield from _base_fact(plan)
     if report.receipt:
         yield Fact("receipt", RECEIPT_NAME, code=True)
+
+
+def _sources(checkpoint: Checkpoint) -> Iterator[Fact]:
+    """Where the tensors are from: a directory, or all that they are the average of."""
+    for path, weight in checkpoint.averaged:
+        share = weight / sum(each for _, each in checkpoint.averaged)
+        yield Fact(f"from {share:.4g} ×", words.elide(path, 2 * words.NAME_LIMIT), code=True)
+    if not checkpoint.averaged:
+        yield Fact("from", words.elide(str(checkpoint.path), 2 * words.NAME_LIMIT), code=True)
 
 
 def _dtypes(plan: MergePlan) -> str:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from nbmerge.errors import CheckpointError, ConfigError, NbmergeError, NotACheckpointError, one_line
+from nbmerge.averaging import averaged_checkpoint
+from nbmerge.errors import CheckpointError, ConfigError, NbmergeError, NotACheckpointError, listing, one_line
 from nbmerge.layout import Checkpoint
 from nbmerge.naming.facts import ModelFacts
 from nbmerge.opening import PathLike, open_checkpoint, plan_merge
@@ -17,6 +18,7 @@ from nbmerge.plan import MergePlan
 from nbmerge.validation.findings import WARNING, Finding
 from nbmerge.validation.on_disk import is_file
 from nbmerge.validation.subject import Subject
+from nbmerge.weights import Source
 
 # What shapes the result; the rest of a receipt's options is about that run, or is for who validates to say.
 _KEPT = {
@@ -36,7 +38,10 @@ class Planned:
 
 
 def plan_of(
-    subject: Subject, checkpoint: PathLike | Checkpoint | MergePlan, given: Mapping[str, Any], progress: bool | None
+    subject: Subject,
+    checkpoint: PathLike | Sequence[Source] | Checkpoint | MergePlan,
+    given: Mapping[str, Any],
+    progress: bool | None,
 ) -> Planned:
     """The plan. given: trust_pickle, trust_remote_code and workers, as who validates has them.
 
@@ -48,8 +53,13 @@ def plan_of(
         return Planned(checkpoint, said="the plan that was passed")
     options = _options_of(subject)
     if not isinstance(checkpoint, Checkpoint):
+        weights = _refuse_other_number(subject, checkpoint)
         opening = {name: value for name, value in options.items() if name in OPEN_OPTIONS}
-        checkpoint = _opened(checkpoint, {**opening, **given}, progress)
+        opening |= given
+        if isinstance(checkpoint, (str, os.PathLike)):
+            checkpoint = _opened(checkpoint, opening, progress)
+        else:
+            checkpoint = averaged_checkpoint(checkpoint, weights, progress=progress, **opening)
     options = {name: value for name, value in options.items() if name not in OPEN_ONLY}
     if "hf_model_config_path" not in options and checkpoint.config_dir is None:
         options["hf_model_config_path"] = str(subject.directory)
@@ -66,6 +76,25 @@ def plan_of(
         plan = _planned(checkpoint, {**options, "dtype": assumed})
     plan.raise_if_problems()
     return Planned(plan, findings, said)
+
+
+def _refuse_other_number(subject: Subject, checkpoint: PathLike | Sequence[Source]) -> list[float] | None:
+    """The weights of the average that the directory is, by its receipt; None where it says nothing of one.
+
+    Raises CheckpointError where it is the mean of another number of checkpoints than were passed.
+    """
+    source = (subject.receipt or {}).get("source")
+    averaged = source.get("averaged") if isinstance(source, dict) else None
+    entries = [each for each in averaged if isinstance(each, dict)] if isinstance(averaged, list) else []
+    passed = len(checkpoint) if isinstance(checkpoint, (list, tuple)) else 1
+    if entries and passed != len(entries):
+        raise CheckpointError(
+            f"the directory is the average of {len(entries)} checkpoints, and {passed} passed",
+            where=str(subject.directory),
+            fix=f"checkpoint=[{listing(repr(each.get('path')) for each in entries)}]",
+        )
+    weights = [each.get("weight") for each in entries]
+    return [float(weight) for weight in weights if isinstance(weight, (int, float))] if weights else None
 
 
 def _opened(path: PathLike, options: Mapping[str, Any], progress: bool | None) -> Checkpoint:
