@@ -45,6 +45,7 @@ from nbmerge.mergers import BaseModelMerger, FSDPModelMerger, MegatronModelMerge
 from nbmerge.opening import open_checkpoint, plan_merge
 from nbmerge.plan import MergePlan
 from nbmerge.report import MergeReport
+from nbmerge.runs import Run, inspect
 from nbmerge.tracing import Location, where
 from nbmerge.validation.report import ValidationReport
 from nbmerge.validator import Validator
@@ -79,6 +80,7 @@ __all__ = [
     "OptionError",
     "PlanError",
     "Problem",
+    "Run",
     "SpaceError",
     "TargetError",
     "TensorDiff",
@@ -91,6 +93,7 @@ __all__ = [
     "average",
     "diff",
     "explain",
+    "inspect",
     "load_ipython_extension",
     "merge",
     "open_checkpoint",

@@ -61,7 +61,7 @@ def main(words: Sequence[str] | None = None) -> int:
 
 class _Command:
     def __init__(self, name: str, summary: str, act: Callable[[argparse.Namespace], int]) -> None:
-        self.summary = summary
+        self.name, self.summary = name, summary
         self._act = act
         self.parser = Parser(f"{_PROGRAM} {name}", summary)
         self.parser.add_argument("-v", "--verbose", action="store_true", help="debug messages")
@@ -87,6 +87,16 @@ def _merge(options: argparse.Namespace) -> int:
     report = nbmerge.merge(options.local_dir, options.target_dir, **given)
     print(report)
     return OK
+
+
+def _inspect(options: argparse.Namespace) -> int:
+    """1 where a directory of a run does not hold what it should."""
+    import nbmerge
+
+    given = {name: value for name, value in given_options(options, MergeOptions).items() if name in OPEN_OPTIONS}
+    found = nbmerge.inspect(options.path, **given)
+    print(found)
+    return PROBLEM if isinstance(found, nbmerge.Run) and not all(each.is_whole for each in found) else OK
 
 
 def _average(options: argparse.Namespace) -> int:
@@ -174,6 +184,9 @@ def _commands() -> dict[str, _Command]:
         "--target_dir", default="tmp", metavar="OUT", help="the directory to write; must not exist (default: tmp)"
     )
     add_options(merge.parser, MergeOptions)
+    inspect = _Command("inspect", "show how a checkpoint is sharded, or what is where in a run's directory", _inspect)
+    inspect.parser.add_argument("path", metavar="PATH", help="a checkpoint, or a directory that holds several")
+    add_options(inspect.parser, MergeOptions, set(OPEN_OPTIONS))
     average = _Command("average", "merge the mean of several checkpoints of one model", _average)
     average.parser.add_argument("checkpoints", nargs="+", metavar="CKPT", help="directories of checkpoints or models")
     average.parser.add_argument("--target_dir", required=True, metavar="OUT", help="the directory to write")
@@ -204,15 +217,7 @@ def _commands() -> dict[str, _Command]:
     add_options(explain.parser, ExplainOptions)
     demo = _Command("demo", "make a small real FSDP checkpoint, merge it, and prove the result", _demo)
     demo.parser.add_argument("--dir", metavar="DIR", help="keep checkpoint and result in this new directory")
-    return {
-        "merge": merge,
-        "average": average,
-        "validate": validate,
-        "test": test,
-        "diff": diff,
-        "explain": explain,
-        "demo": demo,
-    }
+    return {command.name: command for command in (inspect, merge, average, validate, test, diff, explain, demo)}
 
 
 _COMMANDS = _commands()

@@ -23,6 +23,7 @@ NbmergeError
 from __future__ import annotations
 
 import pickle
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -139,8 +140,10 @@ def abridged(lines: list[str], *, most: int = 12, tail: int = 3) -> list[str]:
 
 
 def plural(count: int, noun: str) -> str:
-    """`1 problem`, `3 problems`."""
-    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+    """`1 problem`, `3 problems`, `2 entries`."""
+    if count == 1:
+        return f"1 {noun}"
+    return f"{count:,} {noun[:-1]}ies" if re.search("[^aeiou]y$", noun) else f"{count:,} {noun}s"
 
 
 def listing(names: Iterable[object], *, shown: int = 3) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,9 +11,8 @@ from nbmerge.errors import NotACheckpointError
 from nbmerge.layout import Checkpoint
 from nbmerge.opening import PathLike
 from nbmerge.options import expanded_path
+from nbmerge.runs import step_of
 from nbmerge.weights import Source, Weights, weights_of
-
-_STEP = re.compile(r"(?:global_step|checkpoint|iter|step)[_-](\d+)")
 
 
 def both_weights(a: Source, b: Source, *, progress: bool | None = None, **options: Any) -> tuple[Weights, Weights]:
@@ -54,10 +52,10 @@ def run_checkpoints(run: PathLike) -> list[Path]:
     directory = expanded_path(os.fspath(run))
     found: list[tuple[int, Path]] = []
     for child in directory.iterdir() if directory.is_dir() else ():
-        match = _STEP.fullmatch(child.name)
-        if match and child.is_dir():
+        step = step_of(child)
+        if step is not None and child.is_dir():
             actor = child / "actor"
-            found.append((int(match[1]), actor if actor.is_dir() else child))
+            found.append((step, actor if actor.is_dir() else child))
     if len(found) < 2:
         raise NotACheckpointError(
             f"the run has {len(found)} checkpoints named global_step_N",

@@ -46,8 +46,7 @@ def choose_loader(directory: Path, backend: str, loaders: Sequence[Loader] = LOA
         if not by_name[backend].evidence(directory):
             raise _nothing_recognised(directory, [by_name[backend]])
         return by_name[backend]
-    votes = [(loader, loader.evidence(directory)) for loader in loaders]
-    voted = [(loader, found) for loader, found in votes if found]
+    voted = votes(directory, loaders)
     if not voted:
         raise _nothing_recognised(directory, loaders)
     if len(voted) > 1:
@@ -60,12 +59,18 @@ def choose_loader(directory: Path, backend: str, loaders: Sequence[Loader] = LOA
     return voted[0][0]
 
 
+def votes(directory: Path, loaders: Sequence[Loader] = LOADERS) -> list[tuple[Loader, tuple[str, ...]]]:
+    """The loaders that recognise the directory itself, each with its evidence."""
+    found = ((loader, loader.evidence(directory)) for loader in loaders)
+    return [(loader, evidence) for loader, evidence in found if evidence]
+
+
 def _nothing_recognised(directory: Path, loaders: Sequence[Loader]) -> NotACheckpointError:
-    near = [path for path in _below(directory) if _is_recognised(path, loaders)]
+    near = [path for path in directories_below(directory) if is_recognised(path, loaders)]
     return NotACheckpointError(
         "this directory is no checkpoint that can be read",
         where=str(directory),
-        why=f"it holds {_inventory(directory)}; looked for: "
+        why=f"it holds {inventory(directory)}; looked for: "
         + "; ".join(f"{loader.recognises} ({loader.name})" for loader in loaders),
         fix=f"pass {'one of ' if len(near) > 1 else ''}{listing(near)}"
         if near
@@ -73,14 +78,15 @@ def _nothing_recognised(directory: Path, loaders: Sequence[Loader]) -> NotACheck
     )
 
 
-def _is_recognised(directory: Path, loaders: Sequence[Loader]) -> bool:
+def is_recognised(directory: Path, loaders: Sequence[Loader] = LOADERS) -> bool:
+    """Whether any loader has evidence for the directory itself; not for one that may not be read."""
     try:
         return any(loader.evidence(directory) for loader in loaders)
     except PermissionError:
         return False
 
 
-def _inventory(directory: Path) -> str:
+def inventory(directory: Path) -> str:
     """What is in a directory, in a few words: `3 .json, 2 directories (a, b)`."""
     try:
         children = sorted(directory.iterdir())
@@ -94,7 +100,7 @@ def _inventory(directory: Path) -> str:
     return ", ".join(words) or "nothing"
 
 
-def _below(directory: Path) -> Iterator[Path]:
+def directories_below(directory: Path) -> Iterator[Path]:
     """The directories below, nearest first, within limits."""
     level, seen = [directory], 0
     for _ in range(_SEARCH_DEPTH):

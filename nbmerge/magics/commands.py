@@ -13,9 +13,9 @@ from nbmerge.errors import OptionError
 from nbmerge.explainer import explain
 from nbmerge.layout import Checkpoint
 from nbmerge.magics.line import Line, split_line
-from nbmerge.opening import open_checkpoint
 from nbmerge.options import OPEN_OPTIONS, DiffOptions, ExplainOptions, MergeOptions, ValidateOptions
 from nbmerge.plan import MergePlan
+from nbmerge.runs import Run, inspect
 
 OBJECTS = """\
 $name and {expression} stand for objects of the notebook: a path, an opened checkpoint, a plan, a value.
@@ -75,13 +75,13 @@ def _merge(values: dict[str, Any]) -> object:
     return api.merge(source, values["target_dir"], **options)
 
 
-def _inspect(values: dict[str, Any]) -> Checkpoint:
+def _inspect(values: dict[str, Any]) -> Checkpoint | Run:
     source = values["checkpoint"]
     if isinstance(source, Checkpoint):
         return source
     if not isinstance(source, str):
         raise _no_source(source, "a path")
-    return open_checkpoint(source, **{name: values[name] for name in OPEN_OPTIONS})
+    return inspect(source, **{name: values[name] for name in OPEN_OPTIONS})
 
 
 def _validate(values: dict[str, Any]) -> object:
@@ -173,7 +173,7 @@ MAGICS = {
         ),
         _magic(
             "inspect_ckpt",
-            "Show how a checkpoint is sharded, and return it. No tensor data is read.",
+            "Show how a checkpoint is sharded, or what is where in a run's directory. No tensor data is read.",
             "global_step_100/actor",
             _inspect,
             _inspect_parser,

@@ -8,7 +8,6 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from nbmerge.averaging import averaged_checkpoint
 from nbmerge.errors import CheckpointError, ConfigError, NbmergeError, NotACheckpointError, listing, one_line
 from nbmerge.layout import Checkpoint
 from nbmerge.naming.facts import ModelFacts
@@ -48,6 +47,8 @@ def plan_of(
     Raises what opening and planning raise, and PlanError for a plan with problems; NotACheckpointError only for the
     path that the caller gave, never for one that the receipt names.
     """
+    from nbmerge.averaging import averaged_checkpoint
+
     if isinstance(checkpoint, MergePlan):
         checkpoint.raise_if_problems()
         return Planned(checkpoint, said="the plan that was passed")
