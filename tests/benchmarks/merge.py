@@ -1,6 +1,6 @@
 """Time and memory of a merge, against `cp` and `sync` of the same bytes in the same run.
 
-python -m tests.benchmarks.merge [--layout fsdp|megatron] [--gigabytes 3] [--rounds 5] [--dir DIR]
+python -m tests.benchmarks.merge [--layout fsdp|megatron|dcp|hf|colossalai] [--gigabytes 3] [--rounds 5] [--dir DIR]
 
 Prints the median of each and their ratio. The fixed start (imports and the meta model) is timed apart.
 """
@@ -17,7 +17,9 @@ from pathlib import Path
 
 from tests.benchmarks.running import run_with_options, status
 
-_LIMITS = {"fsdp": (1.5, 150), "megatron": (1.6, 200)}  # times cp and sync, MiB
+# times cp and sync, MiB
+_LIMITS = {"fsdp": (1.5, 150), "megatron": (1.6, 200), "dcp": (1.5, 150), "hf": (1.5, 150), "colossalai": (1.5, 150)}
+_WEIGHTS = ("*.pt", "*.distcp", "*.safetensors", "*.bin", "dist_ckpt/*.distcp")
 
 
 def one_merge(checkpoint: Path, target: Path, *options: str) -> dict[str, float]:
@@ -34,7 +36,7 @@ def _measure(checkpoint: str, target: str, **options: str) -> None:
     from nbmerge.naming.model import HFModel
 
     light = time.perf_counter()
-    _ = HFModel(Path(checkpoint) / "huggingface").facts
+    _ = HFModel(_config_dir(Path(checkpoint))).facts
     ready = time.perf_counter()
     before = status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # from here on VmHWM is the peak of what follows
@@ -54,6 +56,10 @@ def _measure(checkpoint: str, target: str, **options: str) -> None:
     )
 
 
+def _config_dir(checkpoint: Path) -> Path:
+    return checkpoint / "huggingface" if (checkpoint / "huggingface").is_dir() else checkpoint
+
+
 def _copy(files: list[Path], target: Path) -> float:
     target.mkdir()
     start = time.perf_counter()
@@ -63,13 +69,16 @@ def _copy(files: list[Path], target: Path) -> float:
 
 
 def _run(directory: Path, layout: str, gigabytes: float, rounds: int) -> None:
-    from tests.benchmarks import large_checkpoint, large_megatron  # here, so that --measure sees the imports' time
+    from tests.benchmarks import large_checkpoint, large_layouts, large_megatron  # --measure sees the imports' time
 
     checkpoint = directory / ("checkpoint" if layout == "fsdp" else f"checkpoint_{layout}")
-    if not (checkpoint / "huggingface").is_dir():
-        make = large_checkpoint.make if layout == "fsdp" else large_megatron.make
-        make(checkpoint, gigabytes)
-    files = sorted([*checkpoint.glob("model_*.pt"), *checkpoint.glob("dist_ckpt/*.distcp")])
+    if not (_config_dir(checkpoint) / "config.json").is_file():
+        makers = {
+            "fsdp": large_checkpoint.make, "megatron": large_megatron.make, "dcp": large_layouts.make_dcp,
+            "hf": large_layouts.make_hf, "colossalai": large_layouts.make_colossalai,
+        }  # fmt: skip
+        makers[layout](checkpoint, gigabytes)
+    files = sorted(path for pattern in _WEIGHTS for path in checkpoint.glob(pattern))
     for file in files:  # warm the page cache
         subprocess.run(["cat", str(file)], stdout=subprocess.DEVNULL, check=True)
     subprocess.run(["sync"], check=True)
