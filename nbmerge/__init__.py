@@ -7,6 +7,7 @@
     nbmerge.validate(report).raise_if_failed()                # prove it, every element against the shards
     nbmerge.diff("Qwen3-8B", ckpt)                            # what did training change, and where?
     nbmerge.average([ckpt, other], "averaged")                # the mean of several checkpoints of one model
+    nbmerge.push_to_hub(report, "me/my-model")                # publish it
     nbmerge.explain(error)                                    # why do the shapes not match?
 
 Importing this costs no torch, transformers or matplotlib.
@@ -24,6 +25,7 @@ from nbmerge.errors import (
     CheckpointError,
     ConfigError,
     CorruptFileError,
+    HubError,
     IncompleteCheckpointError,
     InconsistentCheckpointError,
     NbmergeError,
@@ -40,6 +42,7 @@ from nbmerge.errors import (
 )
 from nbmerge.explainer import explain
 from nbmerge.explaining.explanation import Explanation
+from nbmerge.export.hub import PushReport, push_to_hub
 from nbmerge.layout import Checkpoint, Chunk, LazyTensor
 from nbmerge.mergers import BaseModelMerger, FSDPModelMerger, MegatronModelMerger, ModelMergerConfig
 from nbmerge.opening import open_checkpoint, plan_merge
@@ -65,6 +68,7 @@ __all__ = [
     "CorruptFileError",
     "Explanation",
     "FSDPModelMerger",
+    "HubError",
     "IncompleteCheckpointError",
     "InconsistentCheckpointError",
     "LazyTensor",
@@ -80,6 +84,7 @@ __all__ = [
     "OptionError",
     "PlanError",
     "Problem",
+    "PushReport",
     "Run",
     "SpaceError",
     "TargetError",
@@ -98,6 +103,7 @@ __all__ = [
     "merge",
     "open_checkpoint",
     "plan_merge",
+    "push_to_hub",
     "trajectory",
     "validate",
     "where",

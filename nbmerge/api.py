@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,6 +44,9 @@ def merge(
     allow_drift: bool = False,
     base_model: PathLike | None = None,
     lora: str | None = None,
+    lora_alpha: float | None = None,
+    lora_config: PathLike | None = None,
+    fold_precision: str = "exact",
     weights: str | None = None,
     hf_upload_path: str | None = None,
     private: bool = False,
@@ -53,21 +57,47 @@ def merge(
 
         nbmerge.merge("global_step_100/actor", "merged")
 
-    checkpoint: a directory, an opened checkpoint, or a plan (whose options then hold, but for target_dir,
-    overwrite and dry_run). target_dir appears only when all is written and verified. The keywords are the flags
-    of the command line; `nbmerge.options.MergeOptions` describes each.
+    checkpoint: a directory, an opened checkpoint, or a plan (whose options then hold, but for target_dir, overwrite,
+    dry_run and the upload). target_dir appears only when all is written and verified. hf_upload_path: a repository of
+    the Hub that the result is uploaded to, as by `push_to_hub`; whether that can work is asked before anything is
+    read. The keywords are the flags of the command line; `nbmerge.options.MergeOptions` describes each.
 
     Raises NbmergeError: PlanError with all problems before anything is written, TargetError, SpaceError,
-    VerificationError, and what `open_checkpoint` raises.
+    VerificationError, HubError, and what `open_checkpoint` raises.
     """
     given = dict(locals())
     for name in ("checkpoint", "target_dir", "progress"):
         del given[name]
     options = merge_options(given)
     if isinstance(checkpoint, MergePlan):
-        refuse_given(options, PLAN_TIME - {"overwrite", "dry_run"}, "a plan", "plan_merge")
+        refuse_given(options, PLAN_TIME - _AT_LAST, "a plan", "plan_merge")
+        hf_upload_path = hf_upload_path or checkpoint.options.hf_upload_path
+        private = private or checkpoint.options.private
+    refuse_hopeless_upload(hf_upload_path, private=private)
     plan = checkpoint if isinstance(checkpoint, MergePlan) else make_plan_of(checkpoint, options, progress)
-    return carry_out(plan, target_dir, overwrite=overwrite, dry_run=dry_run, progress=progress)
+    report = carry_out(plan, target_dir, overwrite=overwrite, dry_run=dry_run, progress=progress)
+    return uploaded(report, hf_upload_path, private=private, progress=progress)
+
+
+_AT_LAST = {"overwrite", "dry_run", "hf_upload_path", "private"}  # what may be said when the plan is made
+
+
+def refuse_hopeless_upload(repo_id: str | None, *, private: bool) -> None:
+    """Raises HubError where an upload to the repository cannot work. None asks for no upload."""
+    if repo_id is not None:
+        from nbmerge.export.access import check_access, is_left_to_rank_0
+
+        if not is_left_to_rank_0():
+            check_access(repo_id, private=private)
+
+
+def uploaded(report: MergeReport, repo_id: str | None, *, private: bool, progress: bool | None) -> MergeReport:
+    """The report after an upload to the repository, if one is asked for and the merge was no dry run."""
+    if repo_id is None or report.target is None:
+        return report
+    from nbmerge.export.hub import push_merged
+
+    return replace(report, pushed=push_merged(report, repo_id, private=private, progress=progress))
 
 
 def carry_out(
@@ -149,11 +179,13 @@ def average(
     from nbmerge.averaging import averaged_checkpoint
 
     asked = merge_options(options)  # before anything is read
+    refuse_hopeless_upload(asked.hf_upload_path, private=asked.private)
     opening = {name: value for name, value in options.items() if name in OPEN_OPTIONS}
     mean = averaged_checkpoint(checkpoints, weights, progress=progress, **opening)
     rest = {name: value for name, value in options.items() if name not in OPEN_ONLY}
     plan = make_plan_of(mean, merge_options(rest), progress)
-    return carry_out(plan, target_dir, overwrite=asked.overwrite, dry_run=asked.dry_run, progress=progress)
+    report = carry_out(plan, target_dir, overwrite=asked.overwrite, dry_run=asked.dry_run, progress=progress)
+    return uploaded(report, asked.hf_upload_path, private=asked.private, progress=progress)
 
 
 def diff(

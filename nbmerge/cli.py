@@ -11,7 +11,15 @@ from typing import Any
 
 from nbmerge.arguments import HelpRequested, Parser, add_options, given_options
 from nbmerge.errors import NbmergeError, OptionError, one_line, plural, summarise
-from nbmerge.options import OPEN_OPTIONS, DiffOptions, ExplainOptions, MergeOptions, ValidateOptions, expanded_path
+from nbmerge.options import (
+    OPEN_OPTIONS,
+    DiffOptions,
+    ExplainOptions,
+    MergeOptions,
+    PushOptions,
+    ValidateOptions,
+    expanded_path,
+)
 
 OK, PROBLEM, USAGE, INTERRUPTED = 0, 1, 2, 130
 _PROGRAM = "python -m nbmerge"
@@ -43,7 +51,7 @@ def main(words: Sequence[str] | None = None) -> int:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return PROBLEM
     except KeyboardInterrupt:
-        resumes = "; run the same command again to take up where it stopped" if words[0] == "merge" else ""
+        resumes = "; run the same command again to take up where it stopped" if words[0] in ("merge", "push") else ""
         print(f"interrupted{resumes}", file=sys.stderr)
         return INTERRUPTED
     except OSError as error:
@@ -108,6 +116,13 @@ def _average(options: argparse.Namespace) -> int:
     return OK
 
 
+def _push(options: argparse.Namespace) -> int:
+    import nbmerge
+
+    print(nbmerge.push_to_hub(options.model_dir, options.repo_id, **given_options(options, PushOptions)))
+    return OK
+
+
 def _test(options: argparse.Namespace) -> int:
     """verl's `test`: what the merge would write, against a directory, within verl's tolerances."""
     import nbmerge
@@ -168,8 +183,8 @@ def _say_what_is_not_needed(given: dict[str, Any]) -> None:
 
 # What shapes the tensors that are compared, and verl's flags that a test does not need.
 _TEST_OPTIONS = {
-    *OPEN_OPTIONS, "dtype", "dialect", "is_value_model", "tie_word_embedding", "base_model", "lora", "weights",
-    "hf_upload_path", "private", "use_cpu_initialization",
+    *OPEN_OPTIONS, "dtype", "dialect", "is_value_model", "tie_word_embedding", "base_model", "lora",
+    "lora_alpha", "lora_config", "fold_precision", "weights", "hf_upload_path", "private", "use_cpu_initialization",
 }  # fmt: skip
 
 
@@ -215,9 +230,13 @@ def _commands() -> dict[str, _Command]:
     )
     explain.parser.add_argument("name", metavar="NAME", nargs="?", help="the one tensor that is asked about")
     add_options(explain.parser, ExplainOptions)
+    push = _Command("push", "upload a merged directory to the Hugging Face Hub", _push)
+    push.parser.add_argument("model_dir", metavar="DIR", help="the merged directory")
+    push.parser.add_argument("repo_id", metavar="USER/NAME", help="the repository; it is made if need be")
+    add_options(push.parser, PushOptions)
     demo = _Command("demo", "make a small real FSDP checkpoint, merge it, and prove the result", _demo)
     demo.parser.add_argument("--dir", metavar="DIR", help="keep checkpoint and result in this new directory")
-    return {command.name: command for command in (inspect, merge, average, validate, test, diff, explain, demo)}
+    return {command.name: command for command in (inspect, merge, average, validate, test, diff, explain, push, demo)}
 
 
 _COMMANDS = _commands()

@@ -17,6 +17,7 @@ NbmergeError
 ├── TargetError (FileExistsError)             the target cannot be written, or must not be overwritten
 ├── NotSupportedError (NotImplementedError)   something that this version does not do yet
 ├── SpaceError (OSError)                      the disk is too small, or became full
+├── HubError (ConnectionError)                the Hub refuses, or cannot be reached
 └── VerificationError (ValueError)            what was written is not what was planned
 """
 
@@ -119,6 +120,10 @@ class NotSupportedError(NbmergeError, NotImplementedError):
 
 class SpaceError(NbmergeError, OSError):
     """The disk is too small for the result, or became full."""
+
+
+class HubError(NbmergeError, ConnectionError):
+    """The Hugging Face Hub refuses an upload, or cannot be reached."""
 
 
 class VerificationError(NbmergeError, ValueError):

@@ -211,8 +211,9 @@ class Cast(_Unary):
 class Compute(Expr):
     """An operation on whole tensors: `function` takes the inputs as torch tensors and returns the output.
 
-    axis: the dimension of the output, and of every input, along which it can be done in blocks;
-    None when it must see whole tensors, whose size the plan then counts as memory.
+    axis: the dimension of the output, and of every input but the last `whole`, along which it can be done in blocks;
+    None when it must see whole tensors, whose size the plan then counts as memory. scratch: bytes that the function
+    takes beside them.
     """
 
     name: str
@@ -221,6 +222,8 @@ class Compute(Expr):
     _shape: Shape
     _dtype: DType
     axis: int | None = None
+    whole: int = 0
+    scratch: int = 0
 
     @property
     def shape(self) -> Shape:
@@ -300,6 +303,15 @@ def permute(expr: Expr, dims: Shape) -> Expr:
         strides = tuple(expr.strides[dim] for dim in dims)
         return replace(expr, _shape=tuple(expr.shape[dim] for dim in dims), strides=strides)
     return Permute(expr, dims)
+
+
+def cast(expr: Expr, to: DType) -> Expr:
+    """Another dtype; where a tensor was widened from that very one, the tensor that it was."""
+    if expr.dtype == to:
+        return expr
+    if isinstance(expr, Cast) and expr.source.dtype == to and to.is_floating and to.itemsize < expr.to.itemsize:
+        return expr.source
+    return Cast(expr, to)
 
 
 def select(expr: Expr, dim: int, index: int) -> Expr:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 from nbmerge import expressions as ex
@@ -70,10 +71,19 @@ class LazyTensor(Displayed):
 
     @property
     def placement(self) -> str:
-        """How it lies on the ranks, in words: `Shard(0)×4`, `Replicate×4`, `whole`."""
+        """How it lies on the ranks, in words: `Shard(0)×4`, `Replicate×4`, `whole`; `cut along dim 0`.
+
+        A checkpoint that keeps each piece once does not say on which ranks it lay.
+        """
         if not self.mesh:
-            return "whole"
+            return self._cut()
         return " · ".join(f"{axis.placement}×{axis.size}" for axis in self.mesh)
+
+    def _cut(self) -> str:
+        """The dimensions along which its boxes differ."""
+        offsets = [chunk.box.offset for chunk in self.chunks if chunk.box.numel]
+        dims = [str(dim) for dim, at in enumerate(zip(*offsets, strict=True)) if len(set(at)) > 1]
+        return f"cut along dim{'s' if len(dims) > 1 else ''} {' and '.join(dims)}" if dims else "whole"
 
     def slice(self, box: Box) -> LazyTensor:
         """A box of it, as a new lazy tensor."""
@@ -131,6 +141,30 @@ class Stated:
     where: str = ""
 
 
+@dataclass(frozen=True)
+class Absence:
+    """Why tensors that the trained model had may not be in its checkpoint.
+
+    modules: the model's, by name: a tensor of any other is missing for another reason; dtype: what the tensors would
+    have, so that a base model's can be given it; None for the base model's own.
+    """
+
+    why: str
+    fix: str
+    modules: frozenset[str]
+    dtype: DType | None = None
+
+    def explains(self, name: str) -> bool:
+        """Whether it is the reason for a missing tensor, whose name may lack a wrapper's prefix."""
+        return name.rpartition(".")[0] in self._endings
+
+    @cached_property
+    def _endings(self) -> frozenset[str]:
+        """The modules' names, whole and from each of their dots on."""
+        parts = (name.split(".") for name in self.modules)
+        return frozenset(".".join(words[at:]) for words in parts for at in range(len(words)))
+
+
 @dataclass(frozen=True, repr=False)
 class Checkpoint(Displayed):
     """The index of a checkpoint. Made by a loader from headers and pickles; reads no tensor data.
@@ -139,11 +173,13 @@ class Checkpoint(Displayed):
     tensors: by the names that the framework gave them; world_size: ranks that wrote it;
     mesh: the device mesh that most tensors lie on; config_dir: where config.json and the tokenizer are;
     notes: what a reader should know (files left alone, overrides); problems: what is wrong with it;
-    names: whose names the tensors have, `transformers` (its own or published ones) or `megatron`;
+    names: whose names the tensors have, `transformers` (its own or published ones), `megatron` or `torchtitan`;
     stated: what the run recorded of its model, to be held against config.json;
     strict_copies: whether ranks that hold one tensor must hold equal copies of it, as Megatron keeps them;
     origin: for tensors that no file of `files` holds, what tells this checkpoint from another;
-    averaged: of an average, where each checkpoint lies that it is the mean of, with its weight.
+    opened_with: options of `open_checkpoint` that shape the tensors, where they were given;
+    averaged: of an average, where each checkpoint lies that it is the mean of, with its weight;
+    absence: why tensors may be missing, where saving can leave some out.
     """
 
     path: Path
@@ -161,8 +197,10 @@ class Checkpoint(Displayed):
     stated: Stated = field(default_factory=Stated)
     strict_copies: bool = False
     origin: str = ""
+    opened_with: Mapping[str, object] = field(default_factory=dict)
     averaged: tuple[tuple[str, float], ...] = ()
     problems: tuple[Problem, ...] = ()
+    absence: Absence | None = None
 
     @property
     def nbytes(self) -> int:

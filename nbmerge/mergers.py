@@ -9,16 +9,18 @@ Source of the interface: verl/model_merger/base_model_merger.py (Apache-2.0), wh
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from nbmerge.api import carry_out
-from nbmerge.errors import NotSupportedError, OptionError, VerificationError, plural
+from nbmerge.api import carry_out, refuse_hopeless_upload
+from nbmerge.errors import OptionError, VerificationError, plural
 from nbmerge.layout import Checkpoint, LazyTensor
 from nbmerge.loaders import choose_loader
 from nbmerge.loaders.base import existing_directory
 from nbmerge.memory import checkpoint_of
+from nbmerge.naming.lora.facts import ADAPTER_DIRECTORY
+from nbmerge.naming.lora.keys import adapter_names
 from nbmerge.naming.model import HFModel, auto_class_name
 from nbmerge.opening import open_checkpoint, plan_merge
 from nbmerge.options import OPEN_ONLY, OPEN_OPTIONS, expanded_path
@@ -27,6 +29,8 @@ from nbmerge.report import MergeReport
 
 if TYPE_CHECKING:
     import torch
+
+    from nbmerge.export.hub import PushReport
 
 
 @dataclass
@@ -148,17 +152,26 @@ class BaseModelMerger:
         checkpoint = checkpoint_of(state_dict, self.local_dir, self.hf_model_config_path)
         return self._write(plan_merge(checkpoint, **self._plan_keywords()))
 
-    def save_lora_adapter(self, state_dict: Mapping[str, torch.Tensor | LazyTensor]) -> None:
-        """Not yet: raises NotSupportedError."""
-        raise NotSupportedError(
-            "saving a LoRA adapter is not supported yet", fix="save it in the training job with peft's save_pretrained"
-        )
+    def save_lora_adapter(self, state_dict: Mapping[str, torch.Tensor | LazyTensor]) -> Path | None:
+        """Writes the adapter among these tensors to target_dir/lora_adapter, and says where; None where there is none.
 
-    def upload_to_huggingface(self) -> None:
-        """Not yet: raises NotSupportedError."""
-        raise NotSupportedError(
-            "uploading is not supported yet", fix=f"hf upload USER/NAME {self.config.target_dir or 'TARGET_DIR'}"
-        )
+        The tensors stay as they are. For the model beside it, or with the adapter folded in, pass lora='split' or
+        'fold' and `save_hf_model_and_tokenizer`. Raises as `nbmerge.merge` does: where nothing says lora_alpha, too.
+        """
+        if not adapter_names(state_dict):
+            return None
+        checkpoint = checkpoint_of(state_dict, self.local_dir, self.hf_model_config_path)
+        keywords = {name: value for name, value in self._plan_keywords().items() if name != "fold_precision"}
+        report = self._carried_out(plan_merge(checkpoint, **{**keywords, "lora": "adapter"}))
+        return None if report.target is None else Path(report.target) / ADAPTER_DIRECTORY
+
+    def upload_to_huggingface(self) -> PushReport:
+        """Uploads target_dir to hf_upload_path, as `nbmerge.push_to_hub` does. Raises as it does, and OptionError."""
+        from nbmerge.export.hub import push_to_hub
+
+        if not self.config.hf_upload_path or not self.config.target_dir:
+            raise OptionError("there is nowhere to upload to", fix="pass hf_upload_path= and target_dir=")
+        return push_to_hub(self.config.target_dir, self.config.hf_upload_path, private=self.config.private)
 
     def cleanup(self) -> None:
         """Nothing is left to release: files are open only while a method runs, and no process group is made."""
@@ -168,8 +181,14 @@ class BaseModelMerger:
         return {name: value for name, value in self.config.merge_keywords().items() if name not in OPEN_ONLY}
 
     def _write(self, plan: MergePlan) -> MergeReport:
-        if self.config.hf_upload:
-            self.upload_to_huggingface()
+        repo_id = self.config.hf_upload_path if self.config.hf_upload else None
+        refuse_hopeless_upload(repo_id, private=self.config.private)
+        report = self._carried_out(plan)
+        if not self.config.hf_upload or report.target is None:
+            return report
+        return replace(report, pushed=self.upload_to_huggingface())
+
+    def _carried_out(self, plan: MergePlan) -> MergeReport:
         asked = {name: bool(self.config.options.get(name)) for name in ("overwrite", "dry_run")}
         return carry_out(plan, self.config.target_dir, **asked)
 

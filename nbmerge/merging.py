@@ -43,7 +43,7 @@ def write_and_publish(plan: MergePlan, target: Target, listener: Listener) -> Me
             except (CorruptFileError, InconsistentCheckpointError, VerificationError):
                 discard(target)  # what was written of it cannot be trusted
                 raise
-            digests = {f.name: sha256_of(directory / f.name) for f in plan.files} if plan.options.digests else {}
+            digests = {f.name: sha256_of(directory / f.name) for f in plan.weight_files} if plan.options.digests else {}
             drift = (*plan.drift, *outcome.drift)
             content = receipt(plan, digests, drift)
             write_synced(directory / RECEIPT_NAME, encoded(content))
@@ -80,12 +80,12 @@ def _write(plan: MergePlan, directory: Path, listener: Listener) -> tuple[Outcom
 
 def _remove_strays(plan: MergePlan, directory: Path) -> None:
     """What an interrupted run left that is no whole file of this plan."""
-    wanted = {file.name for file in plan.files}
-    for child in directory.iterdir():
-        if child.is_dir():
+    wanted = {directory / file.name for file in plan.weight_files}
+    for child in [*directory.glob("*/*"), *directory.iterdir()]:
+        if child.is_dir() and not any(child in path.parents for path in wanted):
             shutil.rmtree(child)
-        elif child.name not in wanted:
-            child.unlink()
+        elif not child.is_dir() and child not in wanted:
+            child.unlink(missing_ok=True)
 
 
 def _refuse_changed_sources(plan: MergePlan) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Set
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -63,7 +64,16 @@ def open_checkpoint(
             workers=workers or min(8, 2 * (os.cpu_count() or 1)),
             listener=listen,
         )
-        return open_checkpoint_directory(expanded_path(os.fspath(path)), backend, options)
+        found = open_checkpoint_directory(expanded_path(os.fspath(path)), backend, options)
+    shaping = {"weights": weights, "mesh_dim_names": mesh_dim_names, "mesh_shape": mesh_shape, "placements": placements}
+    return replace(found, opened_with={name: _recorded(value) for name, value in shaping.items() if value})
+
+
+def _recorded(value: object) -> object:
+    """An option as a receipt holds it and as it can be given again."""
+    if isinstance(value, Mapping):
+        return dict(value)
+    return ",".join(map(str, value)) if isinstance(value, (tuple, list)) else str(value)
 
 
 def plan_merge(checkpoint: Checkpoint | PathLike, *, progress: bool | None = None, **options: Any) -> MergePlan:
@@ -115,7 +125,7 @@ def refuse_given(options: MergeOptions, names: Set[str], what: str, where: str) 
 
 def merge_options(given: Mapping[str, Any]) -> MergeOptions:
     """The options dataclass, with paths and numbers as the text that the command line has."""
-    as_text = {"hf_model_config_path", "max_shard_size", "base_model", "placements"}
+    as_text = {"hf_model_config_path", "max_shard_size", "base_model", "placements", "lora_config"}
     values: dict[str, Any] = {
         name: str(value) if name in as_text and value is not None and not isinstance(value, Mapping) else value
         for name, value in given.items()

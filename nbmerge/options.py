@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from nbmerge.dtypes import parse_dtype
-from nbmerge.errors import NotSupportedError, OptionError
+from nbmerge.errors import OptionError
 
 BACKENDS = ("auto", "fsdp", "megatron", "dcp", "deepspeed", "colossalai", "hf")
 DIALECTS = ("hub", "transformers")
 LORA_MODES = ("split", "fold", "adapter")
+FOLD_PRECISIONS = ("exact", "fp32")
 WEIGHTS = ("master", "model")
 # The keywords of `open_checkpoint`. Planning reads three of them too; the others come too late once it is open.
 OPEN_OPTIONS = (
@@ -74,6 +75,17 @@ class MergeOptions:
         None, "LoRA: split (base model and adapter), fold (into the weights), adapter (alone)",
         shapes=True, choices=LORA_MODES,
     )  # fmt: skip
+    lora_alpha: float | None = _option(
+        None, "LoRA's alpha, where no file beside the checkpoint says it, or says it wrong", shapes=True, type=float
+    )
+    lora_config: str | None = _option(
+        None, "adapter_config.json or lora_train_meta.json of the adapter, or a directory with one", shapes=True,
+        metavar="PATH", path=True,
+    )  # fmt: skip
+    fold_precision: str = _option(
+        "exact", "a fold is added in the weights' dtype, as peft adds, or in fp32 and rounded once",
+        shapes=True, choices=FOLD_PRECISIONS,
+    )  # fmt: skip
     weights: str | None = _option(
         None, "of DeepSpeed: fp32 master weights (default), or the model's 16-bit ones",
         shapes=True, choices=WEIGHTS,
@@ -91,11 +103,20 @@ class MergeOptions:
             _floating(self.dtype)
         parse_size(self.max_shard_size)
         check_workers(self.workers)
-        if self.hf_upload_path:
-            raise NotSupportedError(
-                "uploading is not supported yet",
-                fix=f"merge without it, then: hf upload {self.hf_upload_path} TARGET_DIR",
+        self._check_lora()
+
+    def _check_lora(self) -> None:
+        alpha = self.lora_alpha
+        if alpha is not None and (not _is_number(alpha) or not 0 < alpha < float("inf")):
+            raise OptionError(f"lora_alpha={alpha!r}", fix="a number above 0: the one that training used")
+        given = [name for name in ("lora_alpha", "lora_config") if getattr(self, name) is not None]
+        given += ["fold_precision"] if self.fold_precision != "exact" else []
+        if given and self.lora is None:
+            raise OptionError(
+                f"{', '.join(given)} without lora", fix=f"say what is to be written: lora= {', '.join(LORA_MODES)}"
             )
+        if self.fold_precision != "exact" and self.lora != "fold":
+            raise OptionError(f"fold_precision with lora={self.lora!r}", fix="leave it out, or fold: lora='fold'")
 
     def shaping(self) -> dict[str, object]:
         """The options that change what is written, by name."""
@@ -132,6 +153,19 @@ class ValidateOptions:
             if not _is_number(value) or not 0 <= value < float("inf"):
                 raise OptionError(f"{name}={value!r}", fix="a number from 0 on, e.g. 1e-6")
         check_workers(self.workers)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PushOptions:
+    """The options of an upload. Field names are keywords of `nbmerge.push_to_hub` and the magic's flags."""
+
+    private: bool = _option(False, "make the repository private, if it is not there yet")
+    revision: str | None = _option(None, "branch to upload to, made if need be; default: main", metavar="BRANCH")
+    commit_message: str | None = _option(None, "message of the commit", metavar="TEXT")
+    force: bool = _option(False, "upload although the directory does not pass its checks")
+    overwrite_card: bool = _option(False, "replace the repository's README.md by the directory's, or a new one")
+    base_model: str | None = _option(None, "the model that training started from, for the card", metavar="USER/NAME")
+    replace: bool = _option(False, "delete weights of another model in the repository, in the same commit")
 
 
 @dataclass(frozen=True, kw_only=True)

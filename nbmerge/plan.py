@@ -16,6 +16,7 @@ from nbmerge.explaining.diagnosis import Diagnosis
 from nbmerge.expressions import Expr, fingerprint
 from nbmerge.geometry import Box, Shape
 from nbmerge.layout import Checkpoint, SourceFile
+from nbmerge.naming.lora.facts import LoraFacts
 from nbmerge.naming.model import HFModel
 from nbmerge.naming.notes import Drop, Filled, Tie, Trim
 from nbmerge.options import MergeOptions
@@ -143,7 +144,8 @@ class MergePlan(Displayed):
     model: that the outputs are of, whose facts are known already;
     drift: copies on several ranks that were found to differ, of which the lowest rank's is written;
     mismatches: tensors of another shape than the model's, missing or too many; diagnosis: how the config as a whole
-    is another model's. `nbmerge.explain(plan)` says why.
+    is another model's. `nbmerge.explain(plan)` says why;
+    lora: what is done with an adapter; adapter_files: its weights, beside the model's or alone.
     """
 
     checkpoint: Checkpoint
@@ -173,21 +175,28 @@ class MergePlan(Displayed):
     model: HFModel | None = field(default=None, compare=False, repr=False)
     mismatches: tuple[Mismatch, ...] = ()
     diagnosis: Diagnosis | None = None
+    lora: LoraFacts | None = None
+    adapter_files: tuple[OutputFile, ...] = ()
+
+    @property
+    def weight_files(self) -> tuple[OutputFile, ...]:
+        """All safetensors files: the model's, and an adapter's."""
+        return (*self.files, *self.adapter_files)
 
     @property
     def tensors(self) -> dict[str, OutputTensor]:
-        """All outputs by name."""
+        """All outputs of the model by name."""
         return {tensor.name: tensor for file in self.files for tensor in file.tensors}
 
     @property
     def data_bytes(self) -> int:
         """Bytes of all tensors."""
-        return sum(file.data_bytes for file in self.files)
+        return sum(file.data_bytes for file in self.weight_files)
 
     @property
     def total_bytes(self) -> int:
         """Bytes that the directory will take."""
-        return sum(file.size for file in self.files) + sum(file.size for file in self.side_files)
+        return sum(file.size for file in self.weight_files) + sum(file.size for file in self.side_files)
 
     def raise_if_problems(self) -> None:
         """Raises PlanError with all problems, if there are any."""
@@ -216,8 +225,8 @@ class MergePlan(Displayed):
             "side_files": [[f.name, hashlib.sha256(f.content or b"").hexdigest()] for f in self.side_files],
         }
         digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
-        for file in self.files:
-            digest.update(file.header)
+        for file in self.weight_files:
+            digest.update(file.name.encode() + file.header)
             for tensor in file.tensors:
                 digest.update("\n".join(fingerprint(tensor.expr)).encode())
         return digest.hexdigest()

@@ -8,22 +8,29 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from nbmerge import expressions as ex
-from nbmerge.dtypes import parse_dtype
+from nbmerge.dtypes import DType, parse_dtype
 from nbmerge.engine.lower import TILE_BYTES, turned
 from nbmerge.engine.pool import default_workers
-from nbmerge.engine.safetensors_file import deal, stored_tensors
+from nbmerge.engine.safetensors_file import deal, lay_out
 from nbmerge.equalities import comparisons, probe
 from nbmerge.errors import Problem, plural
-from nbmerge.expressions import Cast, Compute, Expr, Stored
+from nbmerge.expressions import Cast, Compute, Expr, Paste, Stored
 from nbmerge.layout import Checkpoint, SourceFile
+from nbmerge.loaders.hf import stored_tensors
 from nbmerge.naming.facts import ModelFacts
+from nbmerge.naming.lora.facts import ADAPTER_DIRECTORY
+from nbmerge.naming.lora.fold import dtype_before_fold, is_folded
+from nbmerge.naming.lora.refusals import no_adapter
+from nbmerge.naming.lora.separate import Separated, separated
+from nbmerge.naming.megatron.advice import adapters
 from nbmerge.naming.model import HFModel
 from nbmerge.naming.notes import Filled
 from nbmerge.naming.outputs import outputs_of
 from nbmerge.naming.published import Base, Named
+from nbmerge.naming.versions import of_later_transformers
 from nbmerge.options import MergeOptions, expanded_path, parse_size
-from nbmerge.plan import CastNote, Execution, MergePlan, OutputFile
-from nbmerge.side_files import edited_config, side_files
+from nbmerge.plan import CastNote, Execution, MergePlan, OutputFile, SideFile
+from nbmerge.side_files import Edits, SideFiles, edited_config, side_files
 
 _log = logging.getLogger(__name__)
 _BUFFER = 2 * 2**20  # bytes that a worker puts together in memory at a time
@@ -38,26 +45,51 @@ def make_plan(checkpoint: Checkpoint, model: HFModel, options: MergeOptions) -> 
     facts = model.facts
     exprs = {name: tensor.expr for name, tensor in checkpoint.tensors.items()}
     recorded_ranks = None if checkpoint.overrides else checkpoint.world_size
-    named = outputs_of(
-        exprs, checkpoint.names, facts, options.dialect, _base_of(options), recorded_ranks, checkpoint.stated
-    )
-    outputs, casts = _cast(named, facts, options)
+    base = _base_of(options)
+    lora = _lora(exprs, checkpoint, facts, options, base)
+    if lora is not None:
+        exprs = dict(lora.model)
+    named = Named({}, {}, options.dialect)
+    if lora is None or (options.lora != "adapter" and not lora.problems):
+        named = outputs_of(
+            exprs,
+            checkpoint.names,
+            facts,
+            options.dialect,
+            base,
+            recorded_ranks,
+            checkpoint.stated,
+            checkpoint.absence,
+        )
+    outputs, casts = _cast(named.outputs, facts, options)
+    adapter_files, adapter_casts = _adapter_files(lora, facts, options)
     unsafe = _unsafe_names(outputs)
     safe = {name: expr for name, expr in outputs.items() if name not in unsafe}
-    files = deal(safe, parse_size(options.max_shard_size))
-    edits, config = edited_config(model, outputs, options, facts)
-    beside = side_files(model.config_dir, files, config)
+    files: tuple[OutputFile, ...] = ()
+    edits: Edits = {}
+    beside = SideFiles((), (), ())
+    if options.lora != "adapter":
+        files = deal(safe, parse_size(options.max_shard_size))
+        edits, config = edited_config(model, outputs, options, facts)
+        beside = side_files(model.config_dir, files, config)
     probed, equalities = comparisons(checkpoint, named.ties, allow_drift=options.allow_drift)
     _log.debug("%s: %d outputs; comparing %d small copies", facts.class_name, len(outputs), len(probed))
     drift, unequal = probe(probed)
     return MergePlan(
         checkpoint=checkpoint, options=options, config_dir=model.config_dir, model_class=facts.class_name,
-        dialect=named.dialect, files=files, side_files=beside.files, left_out=beside.left_out,
-        expected=named.expected, execution=_execution(files, options), casts=casts, drops=named.drops,
-        ties=named.ties, trims=named.trims, fills=named.fills, base_files=_files_of(named.fills, outputs),
+        dialect=named.dialect, files=files, side_files=(*beside.files, *_adapter_side_files(lora)),
+        left_out=beside.left_out, expected=named.expected,
+        execution=_execution((*files, *adapter_files), options), casts=(*casts, *adapter_casts),
+        drops=(*named.drops, *(lora.drops if lora else ())),
+        ties=named.ties, trims=named.trims, fills=named.fills, base_files=_files_of(named.fills, outputs, base),
         unloaded=named.unloaded, renamed=named.renamed, config_edits=edits, probed=probed, equalities=equalities,
-        drift=drift, versions=versions(), model=model,
-        problems=(*checkpoint.problems, *named.problems, *unsafe.values(), *beside.problems, *unequal),
+        drift=drift, versions=versions() | ({"peft": lora.facts.peft} if lora and lora.facts else {}), model=model,
+        lora=lora.facts if lora else None, adapter_files=adapter_files,
+        problems=(
+            *checkpoint.problems, *(lora.problems if lora else ()),
+            *of_later_transformers(model.config, exprs, named.problems), *named.problems, *unsafe.values(),
+            *beside.problems, *unequal,
+        ),
         mismatches=named.mismatches, diagnosis=named.diagnosis,
     )  # fmt: skip
 
@@ -78,29 +110,79 @@ def _base_of(options: MergeOptions) -> Base | None:
     if options.base_model is None:
         return None
     directory = expanded_path(options.base_model)
-    return Base(str(directory), stored_tensors(directory, "--base_model DIR"))
+    return Base(str(directory), stored_tensors(directory, "--base_model DIR", trust_pickle=options.trust_pickle))
 
 
-def _files_of(fills: tuple[Filled, ...], outputs: Mapping[str, Expr]) -> tuple[SourceFile, ...]:
-    """The files of the base model that outputs are read from."""
-    nodes = (node for fill in fills for node in ex.walk(outputs[fill.name]))
-    paths = dict.fromkeys(Path(node.file) for node in nodes if isinstance(node, Stored))
+def _lora(
+    tensors: Mapping[str, Expr], checkpoint: Checkpoint, facts: ModelFacts, options: MergeOptions, base: Base | None
+) -> Separated | None:
+    """What is done with an adapter; None where nothing was asked for, or the framework's naming refuses it."""
+    if options.lora is None:
+        return None
+    if checkpoint.names == "transformers":
+        return separated(tensors, checkpoint, facts, options, base)
+    if adapters(tensors):
+        return None
+    return Separated(tensors, problems=(no_adapter(options.lora),))
+
+
+def _adapter_files(
+    lora: Separated | None, facts: ModelFacts, options: MergeOptions
+) -> tuple[tuple[OutputFile, ...], tuple[CastNote, ...]]:
+    """The file of an adapter's weights, where it is written."""
+    if lora is None or not lora.adapter:
+        return (), ()
+    outputs, casts = _cast(lora.adapter, facts, options)
+    return (lay_out(f"{ADAPTER_DIRECTORY}/adapter_model.safetensors", outputs),), casts
+
+
+def _adapter_side_files(lora: Separated | None) -> tuple[SideFile, ...]:
+    if lora is None or not lora.adapter:
+        return ()
+    return (SideFile(f"{ADAPTER_DIRECTORY}/adapter_config.json", content=lora.config),)
+
+
+def _files_of(fills: tuple[Filled, ...], outputs: Mapping[str, Expr], base: Base | None) -> tuple[SourceFile, ...]:
+    """The files of the base model that outputs are read from: those that it fills, and those that are folded."""
+    read = (
+        {node.file for expr in base.tensors.values() for node in ex.walk(expr) if isinstance(node, Stored)}
+        if base
+        else ()
+    )
+    nodes = [node for fill in fills for node in ex.walk(outputs[fill.name])]
+    nodes += [node for expr in outputs.values() if read and is_folded(expr) for node in ex.walk(expr)]
+    paths = dict.fromkeys(Path(node.file) for node in nodes if isinstance(node, Stored) and node.file in read)
     return tuple(SourceFile.of(path, "base model") for path in paths)
 
 
-def _cast(named: Named, facts: ModelFacts, options: MergeOptions) -> tuple[dict[str, Expr], tuple[CastNote, ...]]:
-    """The outputs in the dtype that was asked for; integers and what the class keeps in fp32 stay."""
-    if options.dtype is None:
-        return dict(named.outputs), ()
-    wanted = parse_dtype(options.dtype)
+def _cast(
+    named: Mapping[str, Expr], facts: ModelFacts, options: MergeOptions
+) -> tuple[dict[str, Expr], tuple[CastNote, ...]]:
+    """The outputs in the dtype that was asked for; integers and what the class keeps in fp32 stay.
+
+    The notes tell of the loader's own casts too: what has no fp32 master is widened.
+    """
+    wanted = parse_dtype(options.dtype) if options.dtype is not None else None
     outputs: dict[str, Expr] = {}
     notes: list[CastNote] = []
-    for name, expr in named.outputs.items():
-        outputs[name] = expr
-        if expr.dtype.is_floating and expr.dtype != wanted and not facts.is_kept_from(wanted, name):
-            notes.append(CastNote(name, expr.dtype, wanted))
-            outputs[name] = Cast(expr, wanted)
+    for name, expr in named.items():
+        before_fold = dtype_before_fold(expr)
+        outputs[name] = expr if before_fold is None else ex.cast(expr, before_fold)
+        if wanted is not None and expr.dtype.is_floating and not facts.is_kept_from(wanted, name):
+            outputs[name] = ex.cast(expr, wanted)
+        before, after = before_fold or _dtype_before_casts(expr), outputs[name].dtype
+        if before != after:
+            notes.append(CastNote(name, before, after))
     return outputs, tuple(notes)
+
+
+def _dtype_before_casts(expr: Expr) -> DType:
+    """The dtype of what is stored, where nothing but a view or a cast changes it."""
+    if isinstance(expr, Cast):
+        return expr.source.dtype
+    if isinstance(expr, Compute) or not expr.sources:
+        return expr.dtype
+    return next((dtype for source in expr.sources if (dtype := _dtype_before_casts(source)) != expr.dtype), expr.dtype)
 
 
 def _unsafe_names(outputs: Mapping[str, Expr]) -> dict[str, Problem]:
@@ -145,9 +227,12 @@ def _execution(files: tuple[OutputFile, ...], options: MergeOptions) -> Executio
 
 
 def _whole_bytes(expr: Expr) -> int:
-    """Bytes that must be in memory at once: operations that cannot be done in blocks."""
-    return sum(
-        node.nbytes + sum(source.nbytes for source in node.inputs)
-        for node in ex.walk(expr)
-        if isinstance(node, Compute) and node.axis is None
-    )
+    """Bytes that must be in memory at once: operations that cannot be done in blocks, and inputs that none cuts."""
+    below = [_whole_bytes(source) for source in expr.sources]
+    if isinstance(expr, Paste):  # its parts are made one after the other
+        return max(below, default=0)
+    if not isinstance(expr, Compute):
+        return sum(below)
+    if expr.axis is not None:
+        return sum(below) + sum(source.nbytes for source in expr.inputs[len(expr.inputs) - expr.whole :])
+    return sum(below) + expr.nbytes + expr.scratch + sum(source.nbytes for source in expr.inputs)

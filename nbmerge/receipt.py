@@ -22,7 +22,7 @@ def receipt(plan: MergePlan, digests: Mapping[str, str], drift: Sequence[Drift])
         "plan_digest": plan.digest,
         "versions": dict(plan.versions),
         "source": _source(plan),
-        "options": _plain(plan.options.given()),
+        "options": _plain({**plan.checkpoint.opened_with, **plan.options.given()}),
         "model": {"class": plan.model_class, "source_names": plan.dialect, "renamed": plan.renamed},
         **_changes(plan),
         "compared": [equality.name for equality in (*plan.probed, *plan.equalities)],
@@ -30,7 +30,8 @@ def receipt(plan: MergePlan, digests: Mapping[str, str], drift: Sequence[Drift])
             {"tensor": d.name, "piece": str(d.box), "ranks": [*d.ranks], "written": d.ranks[0], "first": [*d.index]}
             for d in drift
         ],
-        "files": [_file(file, digests) for file in plan.files],
+        **({"lora": plan.lora.as_record()} if plan.lora else {}),
+        "files": [_file(file, digests) for file in plan.weight_files],
         "left_out": list(plan.left_out),
         "side_files": [file.name for file in plan.side_files],
         "side_digests": [entry for file in plan.side_files if (entry := _side_file(file))],

@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nbmerge.plan import Drift, MergePlan
 from nbmerge.shown import Displayed
 from nbmerge.verification import Verification
+
+if TYPE_CHECKING:
+    from nbmerge.export.hub import PushReport
 
 
 @dataclass(frozen=True, repr=False)
@@ -18,7 +21,7 @@ class MergeReport(Displayed):
 
     target: the directory that was written; seconds: of writing; written_bytes: what this run wrote;
     reused: files that an earlier, interrupted run had finished; drift: copies on several ranks that differ;
-    receipt: as it stands in the directory.
+    receipt: as it stands in the directory; pushed: where it was uploaded to, if it was.
     """
 
     plan: MergePlan
@@ -29,6 +32,7 @@ class MergeReport(Displayed):
     drift: tuple[Drift, ...] = ()
     verification: Verification | None = None
     receipt: Mapping[str, Any] | None = None
+    pushed: PushReport | None = None
 
     @property
     def sentence(self) -> str:

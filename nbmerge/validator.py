@@ -16,6 +16,7 @@ from nbmerge.options import ValidateOptions, expanded_path
 from nbmerge.plan import MergePlan
 from nbmerge.report import MergeReport
 from nbmerge.shown import Displayed
+from nbmerge.validation.adapter import not_of_an_adapter
 from nbmerge.validation.findings import Check, CheckResult, Outcome
 from nbmerge.validation.on_disk import is_file, unreadable
 from nbmerge.validation.planned import as_finding
@@ -126,7 +127,7 @@ class Validator(Displayed):
     def _timed(self, check: Check, subject: Subject) -> CheckResult:
         start = time.perf_counter()
         try:
-            outcome = check.run(subject)
+            outcome = not_of_an_adapter(subject, check.name) or check.run(subject)
         except Exception as error:  # noqa: BLE001 - whatever a directory holds, the other checks are run
             _log.debug("the check %s failed", check.name, exc_info=True)
             outcome = Outcome((as_finding(error, "the check could not be finished"),), "stopped")

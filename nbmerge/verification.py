@@ -13,18 +13,25 @@ from nbmerge.plan import MergePlan
 
 @dataclass(frozen=True, slots=True)
 class Verification:
-    """What was found true on disk: files, tensors, bytes, and outputs that the class knows and does not load."""
+    """What was found true on disk: files, tensors, bytes, and outputs that the class knows and does not load.
+
+    adapter: how many of the tensors are an adapter's.
+    """
 
     files: int
     tensors: int
     nbytes: int
     model_class: str
     unloaded: int = 0
+    adapter: int = 0
 
     @property
     def sentence(self) -> str:
         """What was proved, in a sentence."""
         extra = f", {self.unloaded:,} known and not loaded" if self.unloaded else ""
+        if self.adapter and self.adapter == self.tensors:
+            return f"re-read {plural(self.files, 'file')}: {plural(self.tensors, 'tensor')} of an adapter, as planned"
+        extra += f"; {self.adapter:,} of them an adapter's, as planned" if self.adapter else ""
         tensors = f"{plural(self.tensors, 'tensor')} of {self.nbytes:,} bytes"
         return (
             f"re-read {plural(self.files, 'file')}: {tensors}, each with the shape that {self.model_class} expects, "
@@ -37,6 +44,7 @@ def verify(plan: MergePlan, directory: Path) -> Verification:
     problems: list[Problem] = []
     found = _read_all(plan, directory, problems)
     _against_plan(plan, found, problems)
+    _adapter(plan, directory, problems)
     _against_model(plan, found, problems)
     _index(plan, directory, found, problems)
     problems += [
@@ -49,11 +57,12 @@ def verify(plan: MergePlan, directory: Path) -> Verification:
             f"the result did not verify and was not published: {plural(len(problems), 'finding')}", problems=problems
         )
     return Verification(
-        len(plan.files),
-        len(found),
-        sum(entry.nbytes for _, entry in found.values()),
+        len(plan.weight_files),
+        len(found) + sum(len(file.tensors) for file in plan.adapter_files),
+        sum(entry.nbytes for _, entry in found.values()) + sum(file.data_bytes for file in plan.adapter_files),
         plan.model_class,
         len(plan.unloaded),
+        sum(len(file.tensors) for file in plan.adapter_files),
     )
 
 
@@ -82,6 +91,19 @@ def _against_plan(plan: MergePlan, found: dict[str, tuple[str, Entry]], problems
             problems.append(Problem(f"{name} was not planned", where=file))
         elif (entry.shape, entry.dtype) != (planned[name].expr.shape, planned[name].expr.dtype):
             problems.append(Problem(f"{name} is {entry.dtype} {list(entry.shape)}, not as planned", where=file))
+
+
+def _adapter(plan: MergePlan, directory: Path, problems: list[Problem]) -> None:
+    """The adapter's file against the plan."""
+    for file in plan.adapter_files:
+        try:
+            entries = read_header(directory / file.name)
+        except (NbmergeError, OSError) as error:
+            problems.append(Problem(f"{file.name} cannot be read: {error}".splitlines()[0]))
+            continue
+        want = {tensor.name: (tensor.expr.shape, tensor.expr.dtype) for tensor in file.tensors}
+        if want != {name: (entry.shape, entry.dtype) for name, entry in entries.items()}:
+            problems.append(Problem(f"{file.name} holds other tensors than were planned", where=str(directory)))
 
 
 def _against_model(plan: MergePlan, found: dict[str, tuple[str, Entry]], problems: list[Problem]) -> None:

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import os
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from nbmerge.engine.safetensors_file import stored_tensors
 from nbmerge.errors import OptionError
 from nbmerge.expressions import Expr
 from nbmerge.layout import Checkpoint
+from nbmerge.loaders.hf import holds_whole_tensors, stored_tensors
 from nbmerge.naming.model import HFModel
 from nbmerge.naming.prefixes import stripped_names
 from nbmerge.opening import PathLike, open_checkpoint, plan_merge
@@ -61,7 +59,7 @@ def weights_of(source: Source, *, progress: bool | None = None, **options: Any) 
     if isinstance(source, (str, os.PathLike)):
         path = expanded_path(os.fspath(source))
         if is_model_directory(path):
-            return _of_directory(path)
+            return _of_directory(path, trust_pickle=bool(options.get("trust_pickle")))
         opening = {name: value for name, value in options.items() if name in OPEN_OPTIONS}
         source = open_checkpoint(path, progress=progress, **opening)
         options = {name: value for name, value in options.items() if name not in OPEN_ONLY}
@@ -75,43 +73,14 @@ def weights_of(source: Source, *, progress: bool | None = None, **options: Any) 
 
 
 def is_model_directory(path: Path) -> bool:
-    """Whether the directory holds whole tensors in safetensors files, as Hugging Face models do."""
-    files = sorted(path.glob("*.safetensors")) if path.is_dir() else []
-    return bool(files) and not any(is_shard_of_ranks(file) for file in files)
+    """Whether the directory holds whole tensors, as Hugging Face models and adapters do."""
+    return holds_whole_tensors(path)
 
 
-_SHARD = re.compile(r"shard-\d+-.*\.safetensors")
-_SHARDED = "DCP_SHARDING_INFO"  # torch.distributed.checkpoint._hf_utils.CUSTOM_METADATA_KEY
-_BEGINNING = 2**16  # bytes; safetensors writes the metadata first
-
-
-def is_shard_of_ranks(file: Path) -> bool:
-    """Whether a safetensors file holds one rank's pieces of tensors.
-
-    torch.distributed.checkpoint's HuggingFaceStorageWriter writes `shard-00001-model-00001-of-00002.safetensors`, with
-    the offsets of the pieces in the header. Where it saves whole tensors, their names are a model's and all offsets 0.
-    A file that cannot be read is left to whoever reads it.
-    """
-    if _SHARD.fullmatch(file.name):
-        return True
-    try:
-        with file.open("rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
-            if length > _LONGEST_HEADER or _SHARDED.encode() not in (begin := stream.read(min(length, _BEGINNING))):
-                return False
-            metadata = json.loads(begin + stream.read(length - len(begin)))["__metadata__"]
-            pieces = json.loads(metadata[_SHARDED]).values()
-            return any(any(piece["saved_offsets"]) for piece in pieces)
-    except (OSError, ValueError, AttributeError, KeyError, TypeError, RecursionError):
-        return False
-
-
-_LONGEST_HEADER = 100_000_000  # bytes; the limit of the safetensors library
-
-
-def _of_directory(path: Path) -> Weights:
+def _of_directory(path: Path, *, trust_pickle: bool) -> Weights:
     config = path if (path / "config.json").is_file() else None
-    return Weights(str(path), stored_tensors(path, "a directory of safetensors files"), "directory", config)
+    tensors = stored_tensors(path, "a directory of safetensors or .bin files", trust_pickle=trust_pickle)
+    return Weights(str(path), tensors, "directory", config)
 
 
 def _of_plan(plan: MergePlan) -> Weights:

@@ -12,6 +12,7 @@ import nbmerge
 from nbmerge import NotACheckpointError, OptionError, cli
 from tests.support.messages import assert_says, refusal
 from tests.support.models import memory_state, save_tiny_model, write_config, write_model_world
+from tests.support.worlds import write_ranks
 
 
 def changed(by: float) -> dict[str, torch.Tensor]:
@@ -117,3 +118,18 @@ class TestCommandLine:
         assert cli.main(words) == 0
         assert_says(capsys.readouterr().out, "model.layers.0.mlp.up_proj.weight")
         assert cli.main([*words, "--frozen", "*.mlp.*"]) == 1
+
+
+def test_options_of_opening_are_in_the_receipt_and_are_taken_again(tmp_path: Path):
+    import json
+
+    state = memory_state("qwen2", "bfloat16")
+    write_ranks(tmp_path / "ckpt", [dict(state), dict(state)])
+    write_config(tmp_path / "ckpt" / "huggingface", "qwen2")
+    how = {"mesh_shape": (2,), "mesh_dim_names": ("dp",), "placements": {"*": ["Replicate"]}}
+    opened = nbmerge.open_checkpoint(tmp_path / "ckpt", **how)
+    report = nbmerge.merge(opened, tmp_path / "out")
+    recorded = json.loads((tmp_path / "out" / "nbmerge_receipt.json").read_text())["options"]
+    assert recorded == {"mesh_shape": "2", "mesh_dim_names": "dp", "placements": {"*": ["Replicate"]}}
+    assert nbmerge.validate(tmp_path / "out", checkpoint=tmp_path / "ckpt", no_run=True, progress=False).ok
+    assert report.plan.checkpoint.overrides == nbmerge.open_checkpoint(tmp_path / "ckpt", **recorded).overrides

@@ -9,7 +9,16 @@ import pytest
 import torch
 
 import nbmerge
-from nbmerge import ConfigError, FSDPModelMerger, ModelMergerConfig, NotSupportedError, OptionError, VerificationError
+from nbmerge import (
+    ConfigError,
+    FSDPModelMerger,
+    HubError,
+    ModelMergerConfig,
+    OptionError,
+    PlanError,
+    VerificationError,
+)
+from tests.support.adapters import adapted
 from tests.support.messages import assert_says, refusal
 from tests.support.models import memory_state, save_tiny_model, write_config, write_model_world
 from tests.support.results import assert_same, bits_of_all, saved_bits
@@ -144,13 +153,21 @@ def test_an_architecture_of_no_auto_class_is_told(ckpt: Path):
     assert_says(message, "no auto class is known for the architecture 'Qwen2Model'", "transformers.Qwen2Model")
 
 
-def test_what_comes_later_is_refused_in_a_sentence(ckpt: Path, tmp_path: Path):
+def test_an_upload_that_cannot_work_is_told_before_anything_is_written(ckpt: Path, tmp_path: Path):
     made = merger(ckpt, tmp_path / "out", hf_upload_path="me/model")
     assert made.config.hf_upload
-    assert_says(refusal(NotSupportedError, made.upload_to_huggingface), "uploading is not supported yet", "hf upload")
-    assert_says(refusal(NotSupportedError, made.save_lora_adapter, {}), "LoRA", "fix:")
-    assert_says(refusal(NotSupportedError, made.merge_and_save), "uploading is not supported yet")
-    assert not (tmp_path / "out").exists(), "told before anything is written"
+    assert_says(refusal(HubError, made.merge_and_save), "the Hub is switched off", "fix:")  # as in all tests
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_adapter_is_saved_from_tensors_in_memory(ckpt: Path, tmp_path: Path):
+    made = adapted("qwen2_tied")
+    path = merger(ckpt, tmp_path / "out", options={"lora_alpha": 5}).save_lora_adapter(made.state())
+    assert path == tmp_path / "out" / "lora_adapter"
+    assert_same(saved_bits(path), made.adapter())
+    assert merger(ckpt, tmp_path / "none").save_lora_adapter(memory_state("qwen2_tied")) is None
+    assert_says(refusal(PlanError, merger(ckpt, tmp_path / "none").save_lora_adapter, made.state()), "--lora_alpha N")
+    assert not (tmp_path / "none").exists()
 
 
 def test_a_config_without_a_checkpoint_or_of_another_operation_is_told():

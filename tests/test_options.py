@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import nbmerge
-from nbmerge import NotACheckpointError, NotSupportedError, OptionError
+from nbmerge import NotACheckpointError, OptionError
 from nbmerge.arguments import Parser, add_options, given_options, with_underscores
 from nbmerge.options import MergeOptions, expanded_path, parse_size
 from tests.support.messages import assert_says, refusal
@@ -112,11 +112,6 @@ def test_a_wrong_value_is_told_with_the_right_ones(option: dict[str, object], wo
 @pytest.mark.parametrize("name", ["backend", "dialect", "lora", "weights"])
 def test_a_choice_that_is_none_lists_the_choices(name: str):
     assert_says(refusal(OptionError, MergeOptions, **{name: "x"}), f"{name}='x'", "one of")
-
-
-def test_what_is_not_done_yet_is_said_before_anything_is_read():
-    assert_says(refusal(NotSupportedError, MergeOptions, hf_upload_path="x"), "not supported yet", "fix:")
-    assert issubclass(NotSupportedError, NotImplementedError)
 
 
 def test_a_path_of_a_user_that_is_not_there_is_a_path_like_any_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -126,7 +126,9 @@ def _layout_section(checkpoint: Checkpoint, parameters: list[_Parameters], total
     axes = table_axes(checkpoint, [one.first.mesh for one in parameters])[:_AXES]
     groups: dict[tuple[str, ...], list[tuple[_Parameters, Cut]]] = {}
     for one in parameters:
-        on = tuple(on_axis(one.first, axis, checkpoint) for axis in axes) or ("whole",)
+        on = tuple(on_axis(one.first, axis, checkpoint) for axis in axes) or (
+            placement_in_words(one.first, checkpoint),
+        )
         groups.setdefault(on, []).append((one, cut_of(one.first)))
     order = sorted(groups.items(), key=lambda item: -sum(one.nbytes for one, _ in item[1]))
     once = all(cut.stored_once for members in groups.values() for _, cut in members) and bool(groups)

@@ -12,6 +12,7 @@ from nbmerge.display.checkpoint_views import dtypes_in_words, problem_alerts
 from nbmerge.display.model import ATTENTION, Alert, Cell, Column, Fact, Section, Table, View
 from nbmerge.errors import ConfigError, listing, plural
 from nbmerge.layout import Checkpoint
+from nbmerge.naming.lora.facts import ADAPTER_DIRECTORY
 from nbmerge.naming.model import auto_class_name
 from nbmerge.naming.notes import ZEROS
 from nbmerge.plan import Drift, MergePlan
@@ -62,10 +63,10 @@ def _dry_run_view(report: MergeReport) -> View:
 
 
 def _would(plan: MergePlan) -> str:
-    count = sum(len(file.tensors) for file in plan.files)
+    count = sum(len(file.tensors) for file in plan.weight_files)
     return (
         f"will write {plural(count, 'tensor')}, {words.byte_size(plan.data_bytes)}, "
-        f"of {plan.model_class} to {plural(len(plan.files), 'safetensors file')}{changes_in_words(plan)}"
+        f"of {plan.model_class} to {plural(len(plan.weight_files), 'safetensors file')}{changes_in_words(plan)}"
     )
 
 
@@ -82,6 +83,7 @@ def _plan_facts(plan: MergePlan) -> Iterator[Fact]:
     yield Fact("bytes", f"{words.exact_bytes(plan.total_bytes)} in all files")
     yield Fact("dtype", _dtypes(plan))
     yield Fact("names", _names(plan))
+    yield from _lora_fact(plan)
     yield from _base_fact(plan)
     yield Fact(
         "peak memory",
@@ -91,6 +93,14 @@ def _plan_facts(plan: MergePlan) -> Iterator[Fact]:
     yield Fact("execution", f"{run.engine}: {run.why}")
     if given := {name: value for name, value in plan.options.given().items() if value is not None}:
         yield Fact("options", words.elide(", ".join(f"{k}={words.value_in_words(v)}" for k, v in given.items()), 300))
+
+
+def _lora_fact(plan: MergePlan) -> Iterator[Fact]:
+    """What is done with an adapter, and where its alpha was known from."""
+    if plan.lora is not None:
+        origin = words.elide(plan.lora.origins.get("lora_alpha", ""), words.PROSE_LIMIT)
+        known = f"; alpha known from {origin}" if origin else ""
+        yield Fact("LoRA", words.elide(plan.lora.sentence, words.PROSE_LIMIT) + known)
 
 
 def _base_fact(plan: MergePlan) -> Iterator[Fact]:
@@ -104,7 +114,7 @@ def _base_fact(plan: MergePlan) -> Iterator[Fact]:
 
 def _report_sentence(report: MergeReport, target: Path) -> str:
     plan = report.plan
-    count = sum(len(file.tensors) for file in plan.files)
+    count = sum(len(file.tensors) for file in plan.weight_files)
     return (
         f"merged {plural(count, 'tensor')}, {words.byte_size(plan.data_bytes)}, of {plan.model_class} "
         f"into {words.elide(str(target))}" + (" and verified them" if report.verification else "")
@@ -124,9 +134,12 @@ def _report_facts(report: MergeReport, target: Path) -> Iterator[Fact]:
         yield Fact("reused", words.elide(text, words.PROSE_LIMIT))
     yield Fact("dtype", _dtypes(plan))
     yield Fact("names", _names(plan))
+    yield from _lora_fact(plan)
     yield from _base_fact(plan)
     if report.receipt:
         yield Fact("receipt", RECEIPT_NAME, code=True)
+    if report.pushed is not None:
+        yield Fact("uploaded to", words.elide(report.pushed.url, words.PROSE_LIMIT), code=True)
 
 
 def _sources(checkpoint: Checkpoint) -> Iterator[Fact]:
@@ -140,7 +153,7 @@ def _sources(checkpoint: Checkpoint) -> Iterator[Fact]:
 
 def _dtypes(plan: MergePlan) -> str:
     nbytes: Counter[str] = Counter()
-    for file in plan.files:
+    for file in plan.weight_files:
         for tensor in file.tensors:
             nbytes[tensor.expr.dtype.name] += tensor.nbytes
     return (dtypes_in_words(nbytes, plan.data_bytes) or "none") + ("" if plan.casts else ", as stored")
@@ -197,7 +210,7 @@ def _files_section(plan: MergePlan, *, done: bool) -> Section:
         Column("share", number=True),
     )
     total = plan.total_bytes
-    sizes = [(file.name, f"{len(file.tensors):,}", file.size) for file in plan.files]
+    sizes = [(file.name, f"{len(file.tensors):,}", file.size) for file in plan.weight_files]
     sizes += [(file.name, "·", file.size) for file in plan.side_files]
     rows = tuple(
         (
@@ -245,7 +258,16 @@ def _load_lines(plan: MergePlan, target: Path) -> tuple[str, ...]:
     names = [loader, "AutoTokenizer"] if tokenizer else [loader]
     # repr() also writes out what a path could smuggle into the code.
     where = ascii(str(target)) if not str(target).isprintable() else repr(str(target))
+    if not plan.files:
+        return ("from peft import PeftModel", f"model = PeftModel.from_pretrained(base_model, {_adapter_in(target)})")
     lines = [f"from transformers import {', '.join(names)}", f"model = {loader}.from_pretrained({where})"]
     if tokenizer:
         lines.append(f"tokenizer = AutoTokenizer.from_pretrained({where})")
+    if plan.adapter_files:
+        lines += ["from peft import PeftModel", f"model = PeftModel.from_pretrained(model, {_adapter_in(target)})"]
     return tuple(lines)
+
+
+def _adapter_in(target: Path) -> str:
+    """The adapter's directory as a Python literal."""
+    return ascii(str(target / ADAPTER_DIRECTORY))

@@ -11,6 +11,7 @@ from typing import ClassVar
 
 from nbmerge.errors import plural
 from nbmerge.layout import Chunk, LazyTensor, MeshAxis
+from nbmerge.loaders.rank_shards import SHARD
 
 _SHARD = re.compile(r"Shard\((\d+)\)")
 _SAYS_WHOSE = re.compile(r"[A-Za-z_].*\d|\d.*[A-Za-z_]")  # __0_1.distcp and model_rank_3.pt, not model.pt nor 0.1
@@ -85,7 +86,8 @@ def has_ranks(tensor: LazyTensor) -> bool:
 
 
 def _is_dcp(chunk: Chunk) -> bool:
-    return chunk.stored.file.endswith(".distcp")
+    name = Path(chunk.stored.file).name
+    return name.endswith(".distcp") or SHARD.fullmatch(name) is not None
 
 
 def _is_zarr(chunk: Chunk, tensor: LazyTensor) -> bool:

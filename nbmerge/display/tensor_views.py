@@ -31,7 +31,8 @@ def tensor_view(tensor: LazyTensor) -> View:
         facts.append(Fact(f"on {axis_label(axis)}", words.elide(axis.placement) + (f": {pieces}" if pieces else "")))
     cut = cut_of(tensor) if tensor.chunks else None
     if not tensor.mesh:
-        facts.append(Fact("placement", "not cut" if cut and cut.stored_once else tensor.placement))
+        is_whole = tensor.placement == "whole"
+        facts.append(Fact("placement", "not cut" if cut and cut.stored_once and is_whole else tensor.placement))
     if cut:
         facts.append(Fact("stored" if cut.stored_once else "cut", cut.in_words + (_ONCE if cut.stored_once else "")))
         section = _chunks_section(tensor)

@@ -12,11 +12,13 @@ from nbmerge.display.explanation_views import explanation_view, location_view
 from nbmerge.display.fit import fit
 from nbmerge.display.merge_views import plan_view, report_view
 from nbmerge.display.model import View
+from nbmerge.display.push_views import push_view
 from nbmerge.display.run_views import run_view
 from nbmerge.display.tensor_views import tensor_view
 from nbmerge.display.trajectory_views import trajectory_view
 from nbmerge.display.validation_views import validation_view, validator_view
 from nbmerge.explaining.explanation import Explanation
+from nbmerge.export.hub import PushReport
 from nbmerge.layout import Checkpoint, LazyTensor
 from nbmerge.loaders.base import Loader
 from nbmerge.plan import MergePlan
@@ -51,5 +53,6 @@ _view_of.register(Explanation, explanation_view)
 _view_of.register(Location, location_view)
 _view_of.register(ModelDiff, diff_view)
 _view_of.register(TensorDiff, tensor_diff_view)
+_view_of.register(PushReport, push_view)
 _view_of.register(Run, run_view)
 _view_of.register(Trajectory, trajectory_view)

@@ -115,8 +115,9 @@ def write_files(plan: MergePlan, directory: Path, listener: Listener = silent) -
     reused: list[str] = []
     written = 0
     with ExitStack() as unfinished, LocalFiles() as sources, Pool(plan.execution.workers) as pool:
-        for file in plan.files:
+        for file in plan.weight_files:
             path = directory / file.name
+            path.parent.mkdir(exist_ok=True)
             if _is_whole(path, file):
                 reused.append(file.name)
                 listener(Advanced(file.data_bytes))

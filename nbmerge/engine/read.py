@@ -127,9 +127,9 @@ def _compute(expr: Compute, region: Box, sources: Sources) -> Words:
     """Runs the operation on whole inputs, or along its axis on as many rows as the region has."""
     axis = expr.axis
     inputs = []
-    for source in expr.inputs:
+    for number, source in enumerate(expr.inputs):
         box = Box.whole(source.shape)
-        if axis is not None:
+        if axis is not None and number < len(expr.inputs) - expr.whole:
             box = Box(with_dim(box.offset, axis, region.offset[axis]), with_dim(box.shape, axis, region.shape[axis]))
         inputs.append(to_torch(evaluate(source, box, sources), source.dtype))
     made = expr.function(*inputs)

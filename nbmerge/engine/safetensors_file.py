@@ -9,9 +9,9 @@ from math import prod
 from pathlib import Path
 
 from nbmerge.dtypes import BY_CODE, DType
-from nbmerge.errors import CorruptFileError, NotACheckpointError
-from nbmerge.expressions import Expr, Stored
-from nbmerge.geometry import Shape, contiguous_strides
+from nbmerge.errors import CorruptFileError
+from nbmerge.expressions import Expr
+from nbmerge.geometry import Shape
 from nbmerge.plan import OutputFile, OutputTensor
 
 _MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library
@@ -132,22 +132,3 @@ def _size(number: object) -> int:
     if not isinstance(number, int) or number < 0:
         raise ValueError(f"{number!r} is no size")
     return number
-
-
-def stored_tensors(directory: Path, option: str) -> dict[str, Stored]:
-    """The tensors of the safetensors files in a directory, by name. option: what named it.
-
-    Raises NotACheckpointError without any, CorruptFileError for a file that cannot be read.
-    """
-    paths = sorted(directory.glob("*.safetensors")) if directory.is_dir() else []
-    if not paths:
-        raise NotACheckpointError(
-            "there are no safetensors files in the directory" if directory.is_dir() else "there is no such directory",
-            where=str(directory),
-            fix=f"pass a Hugging Face model directory: {option}",
-        )  # fmt: skip
-    return {
-        name: Stored(str(path), entry.offset, entry.shape, contiguous_strides(entry.shape), entry.dtype)
-        for path in paths
-        for name, entry in read_header(path).items()
-    }

@@ -128,8 +128,8 @@ def check_replaceable(target: Path, *, overwrite: bool) -> None:
 
 def _refuse_foreign_files(target: Path, content: list[str]) -> None:
     ours = _files_of_receipt(target / RECEIPT_NAME)
-    foreign = [name for name in content if name not in ours and not _is_model_file(target / name)]
-    is_model = "config.json" in content or any(name.endswith((".safetensors", ".bin")) for name in content)
+    foreign = [name for name in content if name not in ours and not is_model_file(target / name)]
+    is_model = bool(ours) or "config.json" in content or any(n.endswith((".safetensors", ".bin")) for n in content)
     if foreign or not is_model:
         raise TargetError(
             f"the target holds what is no part of a model: {listing(foreign or content)}", where=str(target),
@@ -147,14 +147,15 @@ def _files_of_receipt(path: Path) -> Collection[str]:
         return ()
 
 
-def _is_model_file(path: Path) -> bool:
+def is_model_file(path: Path) -> bool:
+    """Whether model directories are known to hold a file, or a folder, of that name."""
     if path.is_dir():
         return path.name in _MODEL_FOLDERS
     return _MODEL_FILE.fullmatch(path.name) is not None
 
 
 def _check_space(plan: MergePlan, parent: Path, work: Path) -> None:
-    need = plan.total_bytes + _HEADROOM - sum(_size(work / file.name) for file in plan.files)
+    need = plan.total_bytes + _HEADROOM - sum(_size(work / file.name) for file in plan.weight_files)
     free = shutil.disk_usage(parent).free
     if free < need:
         raise SpaceError(

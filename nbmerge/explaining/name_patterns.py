@@ -92,7 +92,7 @@ def wrapper_prefix(asked: Mismatch) -> Iterator[Candidate]:
 
 def lora_base_layer(asked: Mismatch) -> Iterator[Candidate]:
     """peft wraps a layer that it adapts: the weight moves to `base_layer.`, and the model below `base_model.model.`."""
-    fix = "fold the adapter (peft's merge_and_unload) and save again, or save the adapter by itself"
+    fix = "merge with lora='fold' (--lora fold), or 'split' for the model and its adapter side by side"
     found = False
     for candidate in _renamed(
         asked, "LoRA base layer", _unadapted,

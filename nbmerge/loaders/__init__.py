@@ -9,10 +9,21 @@ from pathlib import Path
 from nbmerge.errors import AmbiguousCheckpointError, CheckpointError, NotACheckpointError, OptionError, listing
 from nbmerge.layout import Checkpoint
 from nbmerge.loaders.base import Loader, OpenOptions, existing_directory
+from nbmerge.loaders.colossalai import ColossalAILoader
+from nbmerge.loaders.dcp.loader import DCPLoader
+from nbmerge.loaders.deepspeed import DeepSpeedLoader
 from nbmerge.loaders.fsdp import FSDPLoader
+from nbmerge.loaders.hf import HFLoader, adapters
 from nbmerge.loaders.megatron import MegatronLoader
 
-LOADERS: tuple[Loader, ...] = (FSDPLoader(), MegatronLoader())
+LOADERS: tuple[Loader, ...] = (
+    FSDPLoader(),
+    MegatronLoader(),
+    DCPLoader(),
+    DeepSpeedLoader(),
+    ColossalAILoader(),
+    HFLoader(),
+)
 
 _SEARCH_DEPTH = 4
 _SEARCH_DIRECTORIES = 2000  # a home directory given by mistake must not take minutes
@@ -67,6 +78,13 @@ def votes(directory: Path, loaders: Sequence[Loader] = LOADERS) -> list[tuple[Lo
 
 def _nothing_recognised(directory: Path, loaders: Sequence[Loader]) -> NotACheckpointError:
     near = [path for path in directories_below(directory) if is_recognised(path, loaders)]
+    if not near and (files := adapters(directory)):
+        return NotACheckpointError(
+            f"the directory holds an adapter ({listing(files)}) and no model", where=str(directory),
+            why="an adapter is a change to a model, and becomes one together with its base model only",
+            fix="pass the checkpoint that it was trained in, with --lora fold; or load it with peft and save what "
+            "merge_and_unload() returns",
+        )  # fmt: skip
     return NotACheckpointError(
         "this directory is no checkpoint that can be read",
         where=str(directory),

@@ -1,5 +1,6 @@
 """Per-rank FSDP checkpoints: `model_world_size_N_rank_R.pt`, the layout of verl's FSDPCheckpointManager.
 
+And `pytorch_model_fsdp_0_rankR.bin`, Accelerate's LOCAL_STATE_DICT, whose names do not say how many ranks there are.
 FSDP1 and FSDP2, on any device mesh or none, written by any torch from 2.4 on.
 """
 
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from nbmerge.errors import (
+    AmbiguousCheckpointError,
     CheckpointError,
     IncompleteCheckpointError,
     InconsistentCheckpointError,
@@ -32,16 +34,18 @@ from nbmerge.loaders.reading import read_files
 from nbmerge.loaders.unpickle import load_torch_file
 
 _FILE = re.compile(r"(model|optim|extra_state)_world_size_(0|[1-9]\d*)_rank_(0|[1-9]\d*)\.pt")
+_ACCELERATE = re.compile(r"((pytorch_model_fsdp|optimizer)(?:_\d+)?)_rank(0|[1-9]\d*)\.bin")
 _ROLES = {"model": "weights", "optim": "optimizer", "extra_state": "extra state"}
 _FLAT_PARAMETER = re.compile(r"(^|\.)_?flat_param(_\d+)?$")
 
 
 @dataclass(frozen=True)
 class _Directory:
-    """The files of a checkpoint directory by role, world size and rank."""
+    """The files of a checkpoint directory by role, world size and rank. others: models beside the one of the files."""
 
     path: Path
     files: Mapping[tuple[str, int], Mapping[int, Path]]  # (role, world size) → rank → path
+    others: tuple[str, ...] = ()
 
     @staticmethod
     def scan(path: Path) -> _Directory:
@@ -50,6 +54,8 @@ class _Directory:
             if (match := _FILE.fullmatch(child.name)) and child.is_file():
                 role, world_size, rank = match[1], int(match[2]), int(match[3])
                 files.setdefault((role, world_size), {})[rank] = child
+        if not any(role == "model" for role, _ in files):
+            return _of_accelerate(path)
         return _Directory(path, files)
 
     @property
@@ -58,6 +64,7 @@ class _Directory:
 
     def weights(self) -> tuple[int, dict[int, Path]]:
         """World size and the weight file of each rank. Raises where they are not one complete set."""
+        self._refuse_others()
         if len(self.world_sizes) > 1:
             counts = [f"{len(self.files['model', n])} files of world size {n}" for n in self.world_sizes]
             raise InconsistentCheckpointError(
@@ -69,12 +76,13 @@ class _Directory:
         (world_size,) = self.world_sizes
         ranks = self.files["model", world_size]
         absent = [rank for rank in range(world_size) if rank not in ranks]
+        pattern = re.sub(r"rank(_?)\d+(?=\.\w+$)", r"rank\1{}", next(iter(ranks.values())).name)
         if absent:
             raise IncompleteCheckpointError(
                 f"{plural(len(absent), 'rank')} of {world_size} is missing"
                 if len(absent) == 1
                 else f"{plural(len(absent), 'rank')} of {world_size} are missing",
-                where=f"{self.path}: " + listing(f"model_world_size_{world_size}_rank_{r}.pt" for r in absent),
+                where=f"{self.path}: " + listing(pattern.format(r) for r in absent),
                 why="each node saves to its own disk, or saving was stopped",
                 fix="copy the missing files from the machines that trained; without them the weights are incomplete",
             )
@@ -86,16 +94,43 @@ class _Directory:
             )  # fmt: skip
         return world_size, {rank: ranks[rank] for rank in range(world_size)}
 
+    def _refuse_others(self) -> None:
+        if self.others:
+            raise AmbiguousCheckpointError(
+                f"{plural(len(self.others) + 1, 'model')} are in the directory", where=str(self.path),
+                why="the run trained several models, and each is saved into files of its own",
+                fix=f"move {listing(f'{name}_rank*.bin' for name in self.others)} to a directory of their own",
+            )  # fmt: skip
+
+
+def _of_accelerate(path: Path) -> _Directory:
+    """Accelerate's files; there are as many ranks as the highest number says."""
+    models: dict[str, dict[int, Path]] = {}
+    optimizers: list[Path] = []
+    for child in sorted(path.iterdir()):
+        if (match := _ACCELERATE.fullmatch(child.name)) and child.is_file():
+            if match[2] == "optimizer":
+                optimizers.append(child)
+            else:
+                models.setdefault(match[1], {})[int(match[3])] = child
+    if not models:
+        return _Directory(path, {})
+    first, *others = models
+    files = {("model", max(models[first]) + 1): models[first]}
+    if optimizers:
+        files["optim", len(optimizers)] = dict(enumerate(optimizers))
+    return _Directory(path, files, tuple(others))
+
 
 class FSDPLoader(Loader):
     """Opens per-rank FSDP checkpoints."""
 
     name = "fsdp"
-    recognises = "model_world_size_N_rank_R.pt"
+    recognises = "pytorch_model_fsdp_0_rankR.bin or model_world_size_N_rank_R.pt"
 
     def evidence(self, directory: Path) -> tuple[str, ...]:
         found = _Directory.scan(directory)
-        words = [f"{len(found.files['model', n])} × model_world_size_{n}_rank_*.pt" for n in found.world_sizes]
+        words = [_in_words(found.files["model", n]) for n in found.world_sizes]
         if words and (directory / "fsdp_config.json").is_file():
             words.append("fsdp_config.json")
         return tuple(words)
@@ -127,6 +162,12 @@ class FSDPLoader(Loader):
             notes=_notes(found, objects),
             overrides=options.overrides.as_record(),
         )
+
+
+def _in_words(ranks: Mapping[int, Path]) -> str:
+    """`4 × model_world_size_4_rank_*.pt`."""
+    pattern = re.sub(r"(rank_?)\d+(?=\.\w+$)", r"\1*", next(iter(ranks.values())).name)
+    return f"{len(ranks)} × {pattern}"
 
 
 def _fsdp_version(directory: Path, world_size: int) -> int | None:

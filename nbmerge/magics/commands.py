@@ -11,10 +11,12 @@ from nbmerge import api
 from nbmerge.arguments import HelpRequested, Parser, UsageError, add_options, given_options
 from nbmerge.errors import OptionError
 from nbmerge.explainer import explain
+from nbmerge.export.hub import push_to_hub
 from nbmerge.layout import Checkpoint
 from nbmerge.magics.line import Line, split_line
-from nbmerge.options import OPEN_OPTIONS, DiffOptions, ExplainOptions, MergeOptions, ValidateOptions
+from nbmerge.options import OPEN_OPTIONS, DiffOptions, ExplainOptions, MergeOptions, PushOptions, ValidateOptions
 from nbmerge.plan import MergePlan
+from nbmerge.report import MergeReport
 from nbmerge.runs import Run, inspect
 
 OBJECTS = """\
@@ -98,6 +100,13 @@ def _explain(values: dict[str, Any]) -> object:
     return explain(values["subject"], values["name"], **given)
 
 
+def _push(values: dict[str, Any]) -> object:
+    source = values["source"]
+    if not isinstance(source, (str, MergeReport)):
+        raise OptionError(f"a {type(source).__name__} is no directory", fix="pass a path, or a merge's report")
+    return push_to_hub(source, values["repo_id"], **given_options(argparse.Namespace(**values), PushOptions))
+
+
 def _no_source(source: object, wanted: str) -> OptionError:
     return OptionError(f"a {type(source).__name__} is no checkpoint", fix=f"pass {wanted}")
 
@@ -155,6 +164,15 @@ def _explain_parser() -> Parser:
     return parser
 
 
+def _push_parser() -> Parser:
+    parser = Parser("%push_ckpt", "Upload a merged directory to the Hugging Face Hub.")
+    parser.usage = "%%push_ckpt DIR USER/NAME [options]"
+    parser.add_argument("source", metavar="DIR", help="the merged directory, or $name of a merge's report")
+    parser.add_argument("repo_id", metavar="USER/NAME", help="the repository; it is made if need be")
+    add_options(parser, PushOptions)
+    return parser
+
+
 def _magic(
     name: str, summary: str, arguments: str, act: Callable[[dict[str, Any]], object], add: Callable[[Parser], None]
 ) -> Magic:
@@ -198,6 +216,13 @@ MAGICS = {
             "%explain_shapes --got 3600 --expected 3584 --ranks 24",
             _explain,
             (_explain_parser(),),
+        ),
+        Magic(
+            "push_ckpt",
+            "Upload a merged directory to the Hugging Face Hub, with a model card, if it passes its checks.",
+            "%push_ckpt $report me/my-model --private",
+            _push,
+            (_push_parser(),),
         ),
     )
 }

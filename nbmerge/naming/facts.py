@@ -30,7 +30,8 @@ class ModelFacts:
     ignored: patterns of published names that the class knows and does not load;
     fp32: patterns of in-memory names that the class keeps in fp32 beside 16-bit weights;
     fp32_beside_fp16: further ones, which it keeps in fp32 beside float16 only;
-    config: transformers' config with its defaults.
+    config: transformers' config with its defaults;
+    turned: in-memory names of weights that are [in, out] where others are [out, in] (transformers' Conv1D, GPT-OSS).
     """
 
     class_name: str
@@ -43,6 +44,7 @@ class ModelFacts:
     fp32: tuple[str, ...]
     fp32_beside_fp16: tuple[str, ...] = ()
     config: Mapping[str, Any] = field(default_factory=dict)
+    turned: frozenset[str] = frozenset()
 
     def is_ignored(self, name: str) -> bool:
         """Whether the class knows this published name and leaves it unloaded (multi-token prediction, say)."""

@@ -13,7 +13,8 @@ import torch
 from nbmerge.errors import ConfigError, listing
 from nbmerge.expressions import Expr, Input, input_names
 from nbmerge.naming.facts import ModelDirectory, ModelFacts
-from nbmerge.naming.recorder import Recorder
+from nbmerge.naming.saving import left_out_when_tied, reverted
+from nbmerge.naming.versions import later_config, refuse_too_old
 
 # DeepSeek-V3 routes by this bias; rounding it to 16 bits changes which experts are chosen.
 _ALWAYS_FP32 = ("e_score_correction_bias",)
@@ -21,6 +22,7 @@ _ALWAYS_FP32 = ("e_score_correction_bias",)
 
 def model_facts(source: ModelDirectory) -> ModelFacts:
     """The facts of the model of a config. Raises ConfigError where transformers cannot make it."""
+    refuse_too_old()
     with _quiet_transformers():
         model = _meta_model(source)
         state = {name: value for name, value in model.state_dict(keep_vars=True).items() if _is_tensor(value)}
@@ -45,7 +47,19 @@ def model_facts(source: ModelDirectory) -> ModelFacts:
             fp32=tuple(sorted({*(getattr(model, "_keep_in_fp32_modules_strict", None) or ()), *_ALWAYS_FP32})),
             fp32_beside_fp16=tuple(sorted(getattr(model, "_keep_in_fp32_modules", None) or ())),
             config=model.config.to_dict(),
+            turned=_turned(model),
         )
+
+
+def _turned(model: Any) -> frozenset[str]:
+    """Weights that are [in, out]: of transformers' Conv1D, and of experts that say so."""
+    return frozenset(
+        f"{path}.{name}"
+        for path, module in model.named_modules()
+        if type(module).__name__ == "Conv1D" or getattr(module, "is_transposed", False)
+        for name, value in module.named_parameters(recurse=False)
+        if value.dim() > 1
+    )
 
 
 def _is_tensor(value: object) -> bool:
@@ -75,10 +89,14 @@ def _meta_model(source: ModelDirectory) -> Any:
     except ConfigError:
         raise
     except Exception as error:  # a config can break a class in any way
+        later = later_config(source.config)
         raise ConfigError(
             f"no model can be made of the config: {type(error).__name__}: {error}".splitlines()[0],
             where=where,
-            fix="if you trust the model code beside the config, pass --trust-remote-code"
+            why=later.what if later else "",
+            fix=later.fix
+            if later
+            else "if you trust the model code beside the config, pass --trust-remote-code"
             if "auto_map" in source.config and not source.trust_remote_code
             else "pass the config of the model that was trained: --hf_model_config_path DIR",
         ) from error
@@ -131,7 +149,7 @@ def _tied_names(model: Any, state: Mapping[str, torch.Tensor]) -> dict[str, str]
     groups: dict[int, list[str]] = {}
     for name, value in state.items():
         groups.setdefault(id(value), []).append(name)
-    declared = model.all_tied_weights_keys  # {left out: kept}
+    declared = left_out_when_tied(model, state)
     tied: dict[str, str] = {}
     for names in groups.values():
         if len(names) > 1:
@@ -147,24 +165,10 @@ def _published(
     ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_save or ()]
     kept = {name: tensor for name, tensor in state.items() if name not in tied}
     saved = {name: t for name, t in kept.items() if not any(pattern.search(name) for pattern in ignored)}
-    published = _in_model_order(_reverted(model, saved), list(state))
+    published = _in_model_order(reverted(model, saved), list(state))
     names = {rule.name: name for name, rule in published.items() if isinstance(rule, Input)}
-    aliases = {alias: next(iter(_reverted(model, {alias: state[alias]}))) for alias in tied}
+    aliases = {alias: next(iter(reverted(model, {alias: state[alias]}))) for alias in tied}
     return published, {aliases[alias]: names.get(name, name) for alias, name in tied.items()}
-
-
-def _reverted(model: Any, state: Mapping[str, torch.Tensor]) -> dict[str, Expr]:
-    """The published tensors of these in-memory ones.
-
-    transformers' own reverse conversion (core_model_loading.revert_weight_conversion) runs on meta tensors
-    while a recorder writes down which parts of which tensors it takes.
-    """
-    from transformers.core_model_loading import revert_weight_conversion
-
-    with Recorder() as recorder:
-        inputs = {name: recorder.input(name, tuple(tensor.shape), tensor.dtype) for name, tensor in state.items()}
-        converted = revert_weight_conversion(model, inputs)
-        return {name: recorder.expr(tensor) for name, tensor in converted.items()}
 
 
 def _in_model_order(made: dict[str, Expr], order: list[str]) -> dict[str, Expr]:
@@ -192,10 +196,11 @@ def _quiet_transformers() -> Iterator[None]:
 
 def _unknown_class(source: ModelDirectory, known: list[str]) -> ConfigError:
     """No class of transformers has the name that the config gives."""
-    name = source.architecture
+    name, later = source.architecture, later_config(source.config)
     return ConfigError(
         f"transformers has no class {name!r}" if name else "config.json names no architecture",
         where=str(source.config_dir / "config.json"),
         why="the class decides which tensors belong to the model" + (f"; near: {listing(known)}" if known else ""),
-        fix="update transformers, or pass --trust-remote-code if the class is in the checkpoint's own files",
+        fix=(later.fix if later else "update transformers")
+        + ", or pass --trust-remote-code if the class is in the checkpoint's own files",
     )

@@ -9,7 +9,7 @@ from nbmerge.errors import Problem
 from nbmerge.explaining.candidates import Mismatch
 from nbmerge.explaining.diagnosis import Diagnosis, known_of
 from nbmerge.expressions import Expr
-from nbmerge.layout import Stated
+from nbmerge.layout import Absence, Stated
 from nbmerge.naming.facts import ModelFacts
 from nbmerge.naming.megatron import absences, advice
 from nbmerge.naming.megatron.heads import fill_bias, mistaken_head
@@ -18,6 +18,7 @@ from nbmerge.naming.megatron.rename import Renamed, rename, sizes_of
 from nbmerge.naming.megatron.stated import other_forms, other_sizes
 from nbmerge.naming.notes import Trim
 from nbmerge.naming.published import HUB, Base, Given, Named, by_published_name, name_tensors, refused_adapters
+from nbmerge.naming.torchtitan import from_torchtitan
 
 
 def outputs_of(
@@ -28,17 +29,20 @@ def outputs_of(
     base: Base | None = None,
     ranks: int | None = None,
     stated: Stated | None = None,
+    absence: Absence | None = None,
 ) -> Named:
-    """The outputs of a checkpoint's tensors. names: whose they have, `transformers` or `megatron`.
+    """The outputs of a checkpoint's tensors. names: whose they have, `transformers`, `megatron` or `torchtitan`.
 
     base: with names of either kind; ranks: how many wrote the checkpoint and said
-    how they cut it; stated: what the run recorded of its model.
+    how they cut it; stated: what the run recorded of its model; absence: why saving left tensors out.
     """
     if base is not None:
         base = replace(base, tensors=by_published_name(base.tensors, facts))
     if names == "megatron":
         return _from_megatron(tensors, facts, target, base, ranks, stated or Stated())
-    return name_tensors(tensors, facts, target, base=base, ranks=ranks)
+    if names == "torchtitan":
+        return from_torchtitan(tensors, facts, target, base, ranks)
+    return name_tensors(tensors, facts, target, base=base, given=Given(absence=absence), ranks=ranks)
 
 
 def _from_megatron(
@@ -50,7 +54,11 @@ def _from_megatron(
     stated: Stated,
 ) -> Named:
     if adapters := advice.adapters(tensors):
-        return refused_adapters(adapters)
+        return refused_adapters(
+            adapters,
+            "Megatron names and cuts its adapters in its own way, which this version does not read",
+            "fold the adapter in the training job, before it saves",
+        )
     work = rename(tensors, facts)
     if work.family is None:
         return Named({}, {}, HUB, problems=tuple(work.problems))

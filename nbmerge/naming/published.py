@@ -15,8 +15,10 @@ from nbmerge.explaining.diagnosis import Diagnosis, known_of
 from nbmerge.explaining.model_patterns import CONFIG_FIX
 from nbmerge.expressions import Expr, Input
 from nbmerge.geometry import Shape
+from nbmerge.layout import Absence
 from nbmerge.naming.facts import ModelFacts
 from nbmerge.naming.inverse import inverted
+from nbmerge.naming.lora.keys import adapter_names
 from nbmerge.naming.notes import Drop, Filled, Tie, Trim
 from nbmerge.naming.prefixes import stripped_names
 
@@ -25,7 +27,6 @@ HUB, TRANSFORMERS = "hub", "transformers"
 # Buffers that older transformers saved and that every version computes anew when it loads.
 _LEFTOVERS = re.compile(r"\.(rotary_emb\.inv_freq|masked_bias|attn\.bias)$")
 _NEAREST_SOUGHT = 3  # as many as a message shows; each is compared with every name of the model
-_LORA = re.compile(r"(^|\.)(lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector|base_layer)\.")
 
 
 @dataclass(frozen=True)
@@ -53,11 +54,11 @@ class Named:
 
 @dataclass(frozen=True)
 class Given:
-    """What is known of sources that were named already, from a framework's own names.
+    """What is known of sources beside their names, much of it of those that a framework's own names were turned into.
 
     dialect: of their names now; sources: name → the checkpoint's own name for it; unloaded: those that the class
     publishes and does not load; reported: names whose absence has been told; diagnosis: of the config, from the
-    framework's own names.
+    framework's own names; absence: why saving left tensors out.
     """
 
     dialect: str | None = None
@@ -65,6 +66,11 @@ class Given:
     unloaded: Set[str] = frozenset()
     reported: Set[str] = frozenset()
     diagnosis: Diagnosis | None = None
+    absence: Absence | None = None
+
+    def why_missing(self, name: str) -> Absence | None:
+        """Why saving left out the source of this name, where that is known."""
+        return self.absence if self.absence is not None and self.absence.explains(name) else None
 
 
 @dataclass(frozen=True)
@@ -115,9 +121,8 @@ def name_tensors(
     given = given or Given()
     known = {*facts.memory, *facts.published, *facts.tied_on_hub}
     olds, collisions = stripped_names(tensors, known)
-    adapters = [name for name in olds if name not in known and _LORA.search(name)]
-    if adapters:
-        return refused_adapters(adapters, collisions)
+    if adapters := adapter_names(olds, known):
+        return refused_adapters(adapters, problems=collisions)
     sources = {new: tensors[old] for new, old in olds.items()}
     dialect = given.dialect or _dialect(sources, facts)
     tied = facts.tied if dialect == TRANSFORMERS else facts.tied_on_hub
@@ -147,14 +152,20 @@ def _rules(work: _Naming, dialect: str, target: str) -> tuple[Mapping[str, Expr]
     return _unchanged(published) if target == HUB else _inverted(work), published
 
 
-def refused_adapters(names: Sequence[str], problems: Sequence[Problem] = ()) -> Named:
+WHAT_TO_DO_WITH_LORA = (
+    "say what is to be written: lora='fold' (into the weights), 'split' (base model and lora_adapter/), or "
+    "'adapter' (the adapter alone); on the command line --lora fold"
+)
+
+
+def refused_adapters(
+    names: Sequence[str],
+    why: str = "the adapter and the model can be written in three ways, and nothing says which",
+    fix: str = WHAT_TO_DO_WITH_LORA,
+    problems: Sequence[Problem] = (),
+) -> Named:
     """Nothing but the problem that the checkpoint holds LoRA tensors."""
-    problem = Problem(
-        f"the checkpoint holds LoRA tensors, {names[0]} for one",
-        why="this version merges full weights; it does not fold or split adapters yet",
-        fix="fold the adapter in the training job (peft's merge_and_unload) and save again",
-        kind="unsupported",
-    )
+    problem = Problem(f"the checkpoint holds LoRA tensors, {names[0]} for one", why=why, fix=fix, kind="unsupported")
     return Named({}, {}, HUB, problems=(*problems, problem))
 
 
@@ -223,7 +234,7 @@ def _apply(work: _Naming, rules: Mapping[str, Expr], wanted: Mapping[str, Shape]
         absent = [needed for needed in ex.input_names(rule) if needed not in inputs]
         if not absent:
             outputs[name] = ex.substitute(rule, inputs)
-        elif (filling := _from_base(work, name, rule.shape)) is not None:
+        elif (filling := _from_base(work, name, rule.shape, work.given.why_missing(absent[0]))) is not None:
             outputs[name] = filling
         else:
             for needed in absent:
@@ -237,25 +248,28 @@ def _apply(work: _Naming, rules: Mapping[str, Expr], wanted: Mapping[str, Shape]
 
 def _report_missing(work: _Naming, missing: Mapping[str, list[str]], wanted: Mapping[str, Shape]) -> None:
     """The problems of inputs that are not there. missing: input → the outputs that need it."""
-    for group in alike(missing, lambda name: name):
+    for group in alike(missing, lambda name: name, work.given.why_missing):
         for name in group:
             work.asked(name, None, wanted.get(name))
         made = missing[group[0]]
+        left_out = work.given.why_missing(group[0])
         work.problems.append(
             Problem(
                 f"no tensor of the checkpoint fills {made[0]}"
                 + (f" and {len(made) - 1} more" if made[1:] else "")
                 + and_more(len(group)),
                 where=group[0] if group[0] != made[0] else "",
-                why=f"{work.facts.class_name} has it; the checkpoint does not",
-                fix="check that config.json is the trained model's and that the checkpoint is complete",
+                why=left_out.why if left_out else f"{work.facts.class_name} has it; the checkpoint does not",
+                fix=left_out.fix
+                if left_out
+                else "check that config.json is the trained model's and that the checkpoint is complete",
                 kind="missing",
             )
         )
 
 
-def _from_base(work: _Naming, name: str, shape: Shape) -> Expr | None:
-    """The base model's tensor for an output that the checkpoint does not fill."""
+def _from_base(work: _Naming, name: str, shape: Shape, left_out: Absence | None) -> Expr | None:
+    """The base model's tensor for an output that the checkpoint does not fill, in the dtype that it would have."""
     if work.base is None or name not in work.base.tensors:
         return None
     filling = work.base.tensors[name]
@@ -269,7 +283,10 @@ def _from_base(work: _Naming, name: str, shape: Shape) -> Expr | None:
                 kind="contradiction",
             )
         )
-    work.fills.append(Filled(name, work.base.directory, "the checkpoint does not hold it"))
+    reason = "frozen, and left out on saving" if left_out else "the checkpoint does not hold it"
+    work.fills.append(Filled(name, work.base.directory, reason))
+    if left_out is not None and left_out.dtype is not None and filling.dtype.is_floating:
+        return ex.cast(filling, left_out.dtype)
     return filling
 
 

@@ -6,10 +6,11 @@ import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from nbmerge.engine.safetensors_file import stored_tensors
 from nbmerge.errors import NbmergeError
 from nbmerge.expressions import Expr, Stored, input_names
+from nbmerge.loaders.hf import stored_tensors
 from nbmerge.naming.facts import ModelFacts
+from nbmerge.naming.lora.facts import ADAPTER_DIRECTORY
 from nbmerge.naming.published import by_published_name
 from nbmerge.opening import PathLike
 from nbmerge.options import expanded_path
@@ -28,6 +29,7 @@ def against_plan(ours: Mapping[str, Expr], plan: MergePlan, facts: ModelFacts | 
     A tied name that the directory has is compared with the tensor that the plan writes for both.
     """
     theirs = {name: tensor.expr for name, tensor in plan.tensors.items()}
+    theirs |= {f"{ADAPTER_DIRECTORY}/{each.name}": each.expr for file in plan.adapter_files for each in file.tensors}
     tied = {tie.name: tie.kept for tie in plan.ties}
     if facts is not None:
         tied = {**facts.tied, **facts.tied_on_hub, **tied}

@@ -21,7 +21,9 @@ from nbmerge.weights import Source
 
 # What shapes the result; the rest of a receipt's options is about that run, or is for who validates to say.
 _KEPT = {
-    item.name: bool if isinstance(item.default, bool) else (str, dict) if item.name == "placements" else str
+    item.name: bool
+    if isinstance(item.default, bool)
+    else {"placements": (str, dict), "lora_alpha": (int, float)}.get(item.name, str)
     for item in fields(MergeOptions)
     if item.metadata["shapes"] or item.name in ("backend", "hf_model_config_path")
 }

@@ -9,6 +9,7 @@ from typing import Any
 
 from nbmerge.errors import plural
 from nbmerge.receipt import RECEIPT_NAME
+from nbmerge.validation.adapter import adapter_findings
 from nbmerge.validation.findings import WARNING, Check, Finding, Outcome
 from nbmerge.validation.subject import INDEX_NAME, Subject
 from nbmerge.validation.templates import syntax_error, templates
@@ -42,7 +43,7 @@ class ConfigCheck(Check):
         """Reads the JSON files, but for the tokenizer's and the index, which have their own checks."""
         others = {*_TOKENIZER_JSON, INDEX_NAME, RECEIPT_NAME, "config.json"}
         files = sorted(path.name for path in subject.directory.glob("*.json") if path.name not in others)
-        findings = [*_config(subject), *_unreadable(subject, files)]
+        findings = [*_config(subject), *_unreadable(subject, files), *adapter_findings(subject)]
         config = subject.json("config.json")
         named = config.get("architectures") if isinstance(config, dict) else None
         said = f"{', '.join(map(str, named))}, " if isinstance(named, list) and named else ""
@@ -50,6 +51,8 @@ class ConfigCheck(Check):
 
 
 def _config(subject: Subject) -> Iterator[Finding]:
+    if subject.is_adapter_alone:
+        return
     if not (subject.directory / "config.json").is_file():
         adapter = (subject.directory / "adapter_config.json").is_file()
         yield Finding(

@@ -116,7 +116,7 @@ def _cause(name: str, *, elsewhere: bool) -> tuple[str, str]:
     """
     if _LORA.search(name):
         why = "the adapter was saved beside the weights, not folded into them"
-        return why, "fold it in the training job (peft's merge_and_unload) and save again"
+        return why, "merge again with --lora fold, or fold it in the training job (peft's merge_and_unload)"
     if strip_wrappers(name) != name:
         return "the name has the prefix of a training wrapper, which loading does not take off", _RENAME
     if elsewhere:

@@ -14,6 +14,7 @@ from nbmerge.errors import CorruptFileError, NbmergeError, NotACheckpointError
 from nbmerge.expressions import Stored
 from nbmerge.geometry import contiguous_strides
 from nbmerge.naming.facts import ModelFacts
+from nbmerge.naming.lora.facts import ADAPTER_DIRECTORY, ADAPTER_WEIGHTS
 from nbmerge.naming.model import HFModel
 from nbmerge.receipt import RECEIPT_NAME
 
@@ -92,6 +93,25 @@ class Subject:
             name: Stored(str(self.directory / file), e.offset, e.shape, contiguous_strides(e.shape), e.dtype)
             for name, (file, e) in self.entries.items()
         }
+
+    @cached_property
+    def adapter_tensors(self) -> dict[str, Stored]:
+        """The tensors of an adapter beside the weights, as `lora_adapter/NAME`; empty where none can be read."""
+        path = self.directory / ADAPTER_DIRECTORY / ADAPTER_WEIGHTS
+        try:
+            entries = read_header(path)
+        except (NbmergeError, OSError):
+            return {}
+        return {
+            f"{ADAPTER_DIRECTORY}/{name}": Stored(str(path), e.offset, e.shape, contiguous_strides(e.shape), e.dtype)
+            for name, e in entries.items()
+        }
+
+    @cached_property
+    def is_adapter_alone(self) -> bool:
+        """Whether it is what a merge with lora='adapter' writes: no model, but an adapter in its directory."""
+        adapter = (self.directory / ADAPTER_DIRECTORY / "adapter_config.json").is_file()
+        return adapter and not (self.directory / "config.json").exists() and not self.headers
 
     @property
     def nbytes(self) -> int:

@@ -87,15 +87,16 @@ class ValueChecks:
 
     def _outcomes(self, comparators: dict[str, Comparator], health: HealthTally | None) -> dict[str, Outcome]:
         subject, options = self._subject, self._given.options
+        tensors = {**subject.tensors, **subject.adapter_tensors}
         found: dict[str, Outcome] = {}
         try:
             scanned = look_through(
-                subject.tensors, list(comparators.values()), health,
+                tensors, list(comparators.values()), health,
                 workers=options.workers, sample=options.sample, listener=self._listener,
             )  # fmt: skip
             for name, comparator in comparators.items():
                 extra, said = self._extra[name]
-                outcome = comparator.outcome(list(subject.tensors), scanned, said)
+                outcome = comparator.outcome(list(tensors), scanned, said)
                 found[name] = replace(outcome, findings=(*extra, *outcome.findings))
             if health is not None:
                 found[HEALTH] = replace(health.outcome(subject, scanned), share=share_of(scanned))
@@ -147,7 +148,7 @@ class ValueChecks:
         if planned is None:
             return None
         self._extra[SOURCE] = planned.findings, f"{planned.plan.checkpoint.path}, {planned.said}"
-        return against_plan(self._subject.tensors, planned.plan, self._facts)
+        return against_plan({**self._subject.tensors, **self._subject.adapter_tensors}, planned.plan, self._facts)
 
     def _reference(self) -> Comparator | None:
         if self._given.reference is None:

@@ -188,6 +188,7 @@ class TestNames:
         known = Known(held={name: (4, 4)})
         found = candidates(Mismatch(None, (4, 4), "model.layers.0.self_attn.q_proj.weight", known))
         assert found[0].pattern == "LoRA base layer"
+        assert "--lora fold" in found[0].fix
         lora = candidates(Mismatch((2, 4), None, "model.q_proj.lora_A.default.weight"))
         assert lora[0].pattern == "LoRA tensor"
 

@@ -9,10 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from nbmerge.errors import NotACheckpointError
-from nbmerge.explainer import explain
 from nbmerge.weights import is_model_directory, weights_of
-from tests.support.models import write_config
 
 
 def test_a_directory_of_whole_tensors_is_one(tmp_path: Path):
@@ -54,17 +51,17 @@ def test_whole_tensors_of_torchs_writer_are_a_models(tmp_path: Path):
     assert list(weights_of(tmp_path).tensors) == ["a.weight"]
 
 
-def assert_is_no_model(directory: Path) -> None:
-    write_config(directory, "llama")
+def assert_is_checkpoint(directory: Path) -> None:
+    """Not a model, whose files would be taken one by one, but what torch's pieces make up."""
     assert not is_model_directory(directory)
-    for ask in (explain, weights_of):
-        with pytest.raises(NotACheckpointError):
-            ask(directory)
+    weights = weights_of(directory)
+    assert weights.kind == "checkpoint"
+    assert {name: tensor.shape for name, tensor in weights.tensors.items()} == {"a.weight": (4, 2)}
 
 
 def test_pieces_of_ranks_are_none_by_their_names(tmp_path: Path):
     saved_by_torch(tmp_path, save_distributed=True)
-    assert_is_no_model(tmp_path)
+    assert_is_checkpoint(tmp_path)
 
 
 def test_pieces_of_ranks_are_none_by_their_headers(tmp_path: Path):
@@ -72,4 +69,4 @@ def test_pieces_of_ranks_are_none_by_their_headers(tmp_path: Path):
         said = {"a.weight": {"saved_offsets": [2 * rank, 0]}}
         save_file({"a.weight": torch.zeros(2, 2)}, tmp_path / f"model-{rank}.safetensors",
                   metadata={"DCP_SHARDING_INFO": json.dumps(said)})  # fmt: skip
-    assert_is_no_model(tmp_path)
+    assert_is_checkpoint(tmp_path)

@@ -9,10 +9,14 @@ import pytest
 
 from nbmerge.layout import Checkpoint
 from nbmerge.loaders.base import Loader, OpenOptions
+from nbmerge.loaders.colossalai import ColossalAILoader
+from nbmerge.loaders.dcp.loader import DCPLoader
 from nbmerge.loaders.fsdp import FSDPLoader
+from nbmerge.loaders.hf import HFLoader
 from nbmerge.loaders.megatron import MegatronLoader
 from nbmerge.testing import LoaderContract, Tensors
 from tests.support.megatron import uneven_rows, whole, write_torch_dist
+from tests.support.whole import write_indexed
 from tests.support.worlds import write_mesh_world
 
 
@@ -28,6 +32,50 @@ class TestMegatronDistributed(LoaderContract):
 
     def write(self, directory: Path, tensors: Tensors) -> None:
         write_torch_dist(directory, tensors, pieces=uneven_rows(whole, 3))
+
+
+class TestDCP(LoaderContract):
+    loader = DCPLoader()
+
+    def write(self, directory: Path, tensors: Tensors) -> None:
+        write_torch_dist(directory, tensors, uneven_rows(whole, 3), version="torch", threads=1)
+
+
+class TestDCPByTorchItself(LoaderContract):
+    loader = DCPLoader()
+
+    def write(self, directory: Path, tensors: Tensors) -> None:
+        import torch.distributed.checkpoint as dcp
+
+        dcp.save(dict(tensors), checkpoint_id=directory, no_dist=True)
+
+
+class TestHF(LoaderContract):
+    loader = HFLoader()
+
+    def write(self, directory: Path, tensors: Tensors) -> None:
+        write_indexed(directory, tensors, "model-{:05d}-of-00002.safetensors")
+
+
+class TestHFPickled(LoaderContract):
+    loader = HFLoader()
+
+    def write(self, directory: Path, tensors: Tensors) -> None:
+        write_indexed(directory, tensors, "pytorch_model-{:05d}-of-00002.bin")
+
+
+class TestColossalAI(LoaderContract):
+    loader = ColossalAILoader()
+
+    def write(self, directory: Path, tensors: Tensors) -> None:
+        write_indexed(directory, tensors, "model-stage-{:05d}-shard-00001.safetensors")
+
+
+class TestColossalAIPickled(LoaderContract):
+    loader = ColossalAILoader()
+
+    def write(self, directory: Path, tensors: Tensors) -> None:
+        write_indexed(directory, tensors, "pytorch_model-{:05d}.bin")
 
 
 class _Forgetful(FSDPLoader):

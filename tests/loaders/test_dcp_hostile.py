@@ -17,7 +17,8 @@ import torch
 import nbmerge
 from nbmerge import CorruptFileError, IncompleteCheckpointError, UnsafePickleError, open_checkpoint
 from nbmerge.dtypes import BY_NAME
-from nbmerge.loaders import dcp_metadata, standins
+from nbmerge.loaders import standins
+from nbmerge.loaders.dcp import metadata as dcp_metadata
 from nbmerge.loaders.opcodes import refuse_excess
 from tests.support.megatron import write_torch_dist
 from tests.support.megatron_runs import (

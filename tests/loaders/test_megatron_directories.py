@@ -207,8 +207,11 @@ class TestContainersAlone:
     def test_torchs_own_checkpoints_are_not_claimed(self, tmp_path: Path):
         tensors = {"model.layers.0.mlp.weight": torch.ones(2), "app.model.norm.weight": torch.ones(3)}
         write_torch_dist(tmp_path / "step", tensors, version="torch")
-        message = refusal(NotACheckpointError, open_checkpoint, tmp_path / "step")
-        assert_says(message, "no checkpoint that can be read", "fix:")
+        assert open_checkpoint(tmp_path / "step").backend == "dcp"
+
+    def test_nor_are_they_in_a_folder_called_model(self, tmp_path: Path):
+        write_torch_dist(tmp_path / "model", {"model.norm.weight": torch.ones(3)}, version="torch")
+        assert open_checkpoint(tmp_path).backend == "dcp"
 
     def test_an_index_that_is_damaged_is_claimed_only_where_something_else_says_so(self, tmp_path: Path):
         (tmp_path / ".metadata").write_bytes(b"\x80\x02garbage")

@@ -16,9 +16,19 @@ from nbmerge.expressions import Input
 from nbmerge.naming.facts import ModelFacts
 from nbmerge.naming.published import name_tensors
 from tests.support.messages import assert_says, refusal
-from tests.support.models import FAMILIES, kept_in_fp32, memory_state, tiny_model, write_config, write_model_world
+from tests.support.models import (
+    FAMILIES,
+    HAS_CONVERSIONS,
+    kept_in_fp32,
+    memory_state,
+    tiny_model,
+    write_config,
+    write_model_world,
+)
 from tests.support.results import assert_same, bits, bits_of_all, receipt_of, saved_bits
 from tests.support.worlds import write_ranks
+
+of_transformers_5 = pytest.mark.skipif(not HAS_CONVERSIONS, reason="transformers 4 has no such names")
 
 LEFT_OUT = {"qwen2_tied": {"lm_head.weight"}, "gemma3": {"lm_head.weight"}, "qwen3_vl": {"lm_head.weight"}}
 
@@ -81,6 +91,7 @@ class TestEveryFamily:
         nbmerge.merge(write_model_world(tmp_path / "ckpt", name, 2, "bfloat16"), tmp_path / "out")
         assert_same(saved_bits(tmp_path / "out"), saved_bits(save_tiny_model(name, tmp_path / "reference", "bfloat16")))
 
+    @of_transformers_5
     @pytest.mark.parametrize("name", ["qwen3_moe", "mixtral"])
     def test_no_fused_tensor_has_to_be_in_memory(self, tmp_path: Path, name: str):
         plan = nbmerge.plan_merge(write_model_world(tmp_path / "ckpt", name))
@@ -212,6 +223,7 @@ class TestWhatIsNoWeightOfTheModel:
         (drop,) = receipt_of(tmp_path / "out")["drops"]
         assert drop["tensor"] == name and "computes" in drop["reason"]
 
+    @of_transformers_5
     def test_a_tensor_that_the_class_knows_and_does_not_load_is_kept_and_recorded(self, tmp_path: Path):
         """DeepSeek-V3's multi-token prediction."""
         extra = {"model.layers.61.eh_proj.weight": torch.randn(4, 3)}
@@ -280,6 +292,7 @@ class TestConfigs:
             "--hf_model_config_path",
         )  # fmt: skip
 
+    @of_transformers_5
     def test_a_tensor_that_is_missing_is_told(self, tmp_path: Path):
         state = memory_state("qwen3_moe")
         del state["model.layers.1.mlp.experts.gate_up_proj"]
@@ -374,6 +387,7 @@ class TestDtypes:
         assert got[name] == bits(state[name])
         assert {key for key, value in got.items() if value[0] != "bfloat16"} == kept_in_fp32("deepseek_v3", got)
 
+    @of_transformers_5
     def test_integers_are_spared(self, tmp_path: Path):
         state = memory_state("deepseek_v3")
         extra = {"model.layers.61.steps": torch.arange(3)}

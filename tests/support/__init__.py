@@ -4,6 +4,7 @@ models     tiny random models, and what `save_pretrained` writes of them
 worlds     per-rank FSDP checkpoints: plain tensors, and real DTensors and ShardedTensors without process groups
 megatron   Megatron checkpoints: tensors (`_names` of `_layers` and `_vision`, `_forms`), `_objects`, containers,
            `_others` (FSDP and zarr), `_models` (whole checkpoints of the tiny models), `_runs` (directories of runs)
+deepspeed  DeepSpeed checkpoints in their documented form, for any number of pretend ranks
 pickles    torch.save archives around any pickle
 trees      random expressions, each with the tensor that torch makes of it
 results    what is on disk: tensors by name, bit by bit

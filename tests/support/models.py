@@ -9,6 +9,7 @@ import functools
 import json
 import tempfile
 from collections.abc import Callable, Iterable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,15 @@ _VISION = {"depth": 2, "hidden_size": 16, "intermediate_size": 24, "num_heads": 
            "patch_size": 2, "spatial_merge_size": 2}  # fmt: skip
 _SIGLIP = {"hidden_size": 12, "intermediate_size": 20, "num_hidden_layers": 2, "num_attention_heads": 3,
            "image_size": 8, "patch_size": 2, "vision_use_head": False}  # fmt: skip
+HAS_CONVERSIONS = version("transformers").split(".")[0] != "4"
+"""Whether the installed transformers fuses experts in memory and turns that round when it saves."""
+
 _ROPE = {"rope_type": "default", "mrope_section": [1, 1, 0], "rope_theta": 10000.0}
+
+
+def _rope() -> dict[str, Any]:
+    """The rotary embedding of a vision-language model, under the key that the installed transformers has for it."""
+    return {"rope_parameters" if HAS_CONVERSIONS else "rope_scaling": dict(_ROPE)}
 
 
 def _config(name: str) -> tuple[str, Any]:
@@ -114,7 +123,7 @@ def _config(name: str) -> tuple[str, Any]:
         "qwen2_5_vl": lambda: (
             "Qwen2_5_VLForConditionalGeneration",
             tf.Qwen2_5_VLConfig(
-                text_config=dict(text, rope_parameters=_ROPE),
+                text_config=dict(text, **_rope()),
                 vision_config=dict(_VISION, window_size=8, fullatt_block_indexes=[1]),
                 tie_word_embeddings=False,
             ),
@@ -122,7 +131,7 @@ def _config(name: str) -> tuple[str, Any]:
         "qwen3_vl": lambda: (
             "Qwen3VLForConditionalGeneration",
             tf.Qwen3VLConfig(
-                text_config=dict(head, rope_parameters=_ROPE, tie_word_embeddings=True),
+                text_config=dict(head, **_rope(), tie_word_embeddings=True),
                 vision_config=dict(_VISION, num_position_embeddings=16, deepstack_visual_indexes=[0]),
                 tie_word_embeddings=True,
             ),
@@ -130,7 +139,7 @@ def _config(name: str) -> tuple[str, Any]:
         "qwen3_vl_deep": lambda: (
             "Qwen3VLForConditionalGeneration",
             tf.Qwen3VLConfig(
-                text_config=dict(head, rope_parameters=_ROPE, tie_word_embeddings=False),
+                text_config=dict(head, **_rope(), tie_word_embeddings=False),
                 vision_config=dict(
                     _VISION, depth=4, intermediate_size=26, num_position_embeddings=16,
                     deepstack_visual_indexes=[0, 1, 3],
@@ -142,7 +151,7 @@ def _config(name: str) -> tuple[str, Any]:
             "Qwen3VLMoeForConditionalGeneration",
             tf.Qwen3VLMoeConfig(
                 text_config=dict(
-                    head, **_EXPERTS, rope_parameters=_ROPE, decoder_sparse_step=1, tie_word_embeddings=False
+                    head, **_EXPERTS, **_rope(), decoder_sparse_step=1, tie_word_embeddings=False
                 ),
                 vision_config=dict(_VISION, num_position_embeddings=16, deepstack_visual_indexes=[0]),
                 tie_word_embeddings=False,
@@ -185,8 +194,7 @@ def memory_state(name: str, dtype: str = "float32") -> dict[str, torch.Tensor]:
 
 def kept_in_fp32(name: str, tensors: Iterable[str]) -> set[str]:
     """Which of the tensors the installed transformers keeps in fp32 beside bf16 weights: releases differ."""
-    kept = set(tiny_model(name)._keep_in_fp32_modules_strict)
-    assert "e_score_correction_bias" in kept
+    kept = {*(tiny_model(name)._keep_in_fp32_modules_strict or ()), "e_score_correction_bias"}
     return {tensor for tensor in tensors if any(f".{tensor}".endswith(f".{each}") for each in kept)}
 
 

@@ -5,6 +5,7 @@ DTensors are real ones: torch's own fake process group says which rank this is, 
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 import sys
@@ -82,10 +83,9 @@ def mesh_states(
 ) -> Iterator[dict[str, Any]]:
     """The state dict of every rank of a mesh, each tensor a DTensor where `place` gives placements.
 
-    The local pieces are torch.distributed.tensor.distribute_tensor's own.
+    The local pieces are torch.distributed.tensor's own.
     """
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import distribute_tensor
 
     world_size = math.prod(mesh_shape)
     for rank in range(world_size):
@@ -93,11 +93,19 @@ def mesh_states(
             mesh = init_device_mesh("cpu", mesh_shape, mesh_dim_names=names)
             placed = {name: place(name, tensor) for name, tensor in tensors.items()}
             yield {
-                name: tensor.clone()
-                if placed[name] is None
-                else distribute_tensor(tensor, mesh, placed[name], src_data_rank=None)
+                name: tensor.clone() if placed[name] is None else _distributed(tensor, mesh, placed[name])
                 for name, tensor in tensors.items()
             }
+
+
+def _distributed(tensor: torch.Tensor, mesh: Any, placements: Sequence[Any] | None) -> Any:
+    """The piece of this rank, cut without asking another: torch before 2.7 would have rank 0 send it."""
+    from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
+
+    if "src_data_rank" in inspect.signature(distribute_tensor).parameters:
+        return distribute_tensor(tensor, mesh, placements, src_data_rank=None)
+    whole = DTensor.from_local(tensor, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    return whole.redistribute(placements=placements)
 
 
 def write_mesh_world(

@@ -18,7 +18,7 @@ from typing import Any
 
 from nbmerge.errors import CheckpointError, IncompleteCheckpointError, listing
 from nbmerge.layout import Stated
-from nbmerge.loaders.dcp_metadata import METADATA
+from nbmerge.loaders.dcp.metadata import METADATA
 from nbmerge.loaders.megatron.files import WEIGHTS
 
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -68,7 +68,7 @@ def find(directory: Path) -> Place | None:
         return place
     for inside in ("", "model", "model/dist_ckpt", "dist_ckpt", "weights"):
         folder = directory / inside
-        known = bool(inside) and (inside != "weights" or (directory / "context").is_dir())
+        known = inside.endswith("dist_ckpt") or (inside == "weights" and (directory / "context").is_dir())
         if found := _kind(folder, known=known):
             kind, evidence = found
             evidence = f"{inside}/{evidence}" if inside else evidence

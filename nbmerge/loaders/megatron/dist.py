@@ -14,8 +14,8 @@ from nbmerge.errors import IncompleteCheckpointError, Problem, plural
 from nbmerge.layout import LazyTensor, SourceFile
 from nbmerge.loaders.assemble import paste
 from nbmerge.loaders.base import OpenOptions
-from nbmerge.loaders.dcp_metadata import METADATA, read_index
-from nbmerge.loaders.dcp_storage import locate, rank_of
+from nbmerge.loaders.dcp.metadata import METADATA, read_index
+from nbmerge.loaders.dcp.storage import locate, rank_of
 from nbmerge.loaders.megatron.contents import Contents
 from nbmerge.loaders.megatron.recorded import NOTHING, Recorded, in_index
 from nbmerge.loaders.megatron.sizes import ParallelSizes

@@ -13,8 +13,8 @@ from typing import Any
 from nbmerge.errors import CheckpointError, UnsafePickleError
 from nbmerge.layout import Stated
 from nbmerge.loaders.base import OpenOptions
-from nbmerge.loaders.dcp_metadata import Index, StoredObject
-from nbmerge.loaders.dcp_storage import read_object
+from nbmerge.loaders.dcp.metadata import Index, StoredObject
+from nbmerge.loaders.dcp.storage import read_object
 from nbmerge.loaders.megatron.directories import Place
 from nbmerge.loaders.megatron.pickles import ALLOWED, saved_arguments
 from nbmerge.loaders.unpickle import load_torch_file

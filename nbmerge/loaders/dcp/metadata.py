@@ -13,8 +13,14 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from nbmerge.dtypes import DType
-from nbmerge.errors import CorruptFileError, InconsistentCheckpointError, NotACheckpointError
+from nbmerge.errors import (
+    CorruptFileError,
+    InconsistentCheckpointError,
+    NotACheckpointError,
+    UnsupportedCheckpointError,
+)
 from nbmerge.geometry import Box, Shape
+from nbmerge.loaders.rank_shards import begins_as_safetensors
 from nbmerge.loaders.standins import Function, StandIn
 from nbmerge.loaders.unpickle import InertUnpickler, run
 
@@ -136,6 +142,11 @@ class _Ignored(StandIn):
 
 _IGNORED = object.__new__(_Ignored)
 _CHECKPOINT = "torch.distributed.checkpoint."
+# Element types that torch has and safetensors has not, with their bytes: no weights, but what may lie beside them.
+_NOT_STORABLE = {
+    "complex128": 16, "complex32": 4, "float8_e4m3fnuz": 1, "float8_e5m2fnuz": 1, "float4_e2m1fn_x2": 1,
+    "quint8": 1, "qint8": 1, "qint32": 4, "quint4x2": 1, "quint2x4": 1,
+}  # fmt: skip
 _MEGATRON = "megatron.core.dist_checkpointing.strategies.torch"
 
 
@@ -160,6 +171,7 @@ def _allowed() -> dict[tuple[str, str], Any]:
         for name in ("PosixPath", "PurePosixPath", "WindowsPath", "PureWindowsPath"):
             table[module, name] = _Ignored
     table["torch.serialization", "_get_layout"] = Function(lambda *_: None)
+    table |= {("torch", name): DType(name, "", size, is_floating=False) for name, size in _NOT_STORABLE.items()}
     return table
 
 
@@ -289,9 +301,17 @@ def _refuse_shared_bytes(index: Index, path: Path) -> None:
         for chunk in entry.chunks
     )
     for (file, _, end, name), (other_file, start, _, other) in pairwise(places):
-        if file == other_file and start < end:
-            raise InconsistentCheckpointError(
-                f"the index puts {other} where {name} is: byte {start:,} of {file} belongs to both", where=str(path),
-                why="the index is damaged or was edited: each chunk has bytes of its own",
-                fix="copy it again from the machine that trained",
+        if file != other_file or start >= end:
+            continue
+        if Path(file).parts == (file,) and begins_as_safetensors(path.parent / file):
+            raise UnsupportedCheckpointError(
+                f"{file} holds safetensors, not archives of torch.save", where=str(path),
+                why="it was saved by FileSystemWriter with serialization_format=SAFETENSORS, which this version does "
+                "not read",
+                fix="save with torch's default format, or with HuggingFaceStorageWriter(save_distributed=True)",
             )  # fmt: skip
+        raise InconsistentCheckpointError(
+            f"the index puts {other} where {name} is: byte {start:,} of {file} belongs to both", where=str(path),
+            why="the index is damaged or was edited: each chunk has bytes of its own",
+            fix="copy it again from the machine that trained",
+        )  # fmt: skip

@@ -24,7 +24,7 @@ from nbmerge.errors import (
 from nbmerge.expressions import Stored
 from nbmerge.geometry import Box
 from nbmerge.loaders.base import OpenOptions
-from nbmerge.loaders.dcp_metadata import StoredChunk, StoredObject, TensorEntry
+from nbmerge.loaders.dcp.metadata import StoredChunk, StoredObject, TensorEntry
 from nbmerge.loaders.reading import read_all
 from nbmerge.loaders.torch_zip import TorchZip
 from nbmerge.loaders.unpickle import InertUnpickler, run

@@ -1,0 +1,1 @@
+"""What comes after a merge: the directory goes to the Hugging Face Hub."""

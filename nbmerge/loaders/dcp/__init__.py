@@ -1,0 +1,1 @@
+"""Directories of torch.distributed.checkpoint: one index and `.distcp` files, or safetensors files for each rank."""

@@ -1,0 +1,50 @@
+"""What the pickles of DeepSpeed's files name beside tensors: each an inert stand-in."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from nbmerge.errors import UnsupportedCheckpointError
+from nbmerge.loaders.megatron.pickles import ALLOWED as CARRIED  # arrays and options in the user's client state
+from nbmerge.loaders.standins import Opaque, StandIn
+from nbmerge.loaders.unpickle import load_torch_file
+
+
+class Enumeration(StandIn):
+    """A member of an enum class of numbers: its value is the one argument."""
+
+    __slots__ = ()
+
+
+_CLASSES = {
+    "deepspeed.runtime.fp16.loss_scaler": (
+        "DynamicLossScaler", "LossScaleConfig", "LossScaleProfile", "LossScaler", "LossScalerBase",
+    ),
+    "deepspeed.utils.tensor_fragment": ("fragment_address", "tensor_fragment"),
+}  # fmt: skip
+
+ALLOWED: Mapping[tuple[str, str], Any] = {
+    **CARRIED,
+    ("deepspeed.runtime.zero.config", "ZeroStageEnum"): Enumeration,
+    **{(module, name): Opaque for module, names in _CLASSES.items() for name in names},
+}
+
+
+def read(path: Path, *, trust_pickle: bool) -> Mapping[str, Any]:
+    """What a file holds, tensors as byte ranges. Raises as `load_torch_file`, and for a file without entries."""
+    content = load_torch_file(path, allowed=ALLOWED, trust_pickle=trust_pickle)
+    if not isinstance(content, Mapping):
+        raise UnsupportedCheckpointError(
+            f"the file holds a {type(content).__name__}, not the states of a checkpoint", where=str(path),
+            fix="pass the directory that DeepSpeed's save_checkpoint wrote",
+        )  # fmt: skip
+    return content
+
+
+def number(value: Any) -> int | None:
+    """A whole number, or a member of an enum of them; None for anything else."""
+    if isinstance(value, Enumeration) and len(value.args) == 1:
+        value = value.args[0]
+    return value if isinstance(value, int) and not isinstance(value, bool) else None

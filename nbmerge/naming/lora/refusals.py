@@ -1,0 +1,109 @@
+"""Why an adapter cannot be written as the user asked."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+
+from nbmerge.errors import Problem, listing, plural
+from nbmerge.naming.lora.keys import DEFAULT, Adapted
+from nbmerge.naming.lora.layers import Fitted
+from nbmerge.naming.lora.settings import Settings
+
+
+def no_adapter(mode: str | None) -> Problem:
+    """A mode was chosen, and there is no adapter."""
+    return Problem(
+        f"lora={mode!r}, and the checkpoint holds no LoRA tensors",
+        why="it holds full weights, or the adapter was folded before it was saved",
+        fix="leave lora out (--lora)",
+    )
+
+
+def unreadable(parts: Adapted, mode: str | None) -> list[Problem]:
+    """Why no adapter can be taken from the checkpoint."""
+    if parts.unknown:
+        return [
+            Problem(
+                f"the adapter trains single tokens, {plural(len(parts.unknown), 'tensor')}: {listing(parts.unknown)}",
+                why="this version does not read peft's trainable_token_indices",
+                fix="fold the adapter in the training job (peft's merge_and_unload) and save again",
+                kind="unsupported",
+            )
+        ]
+    if not parts.adapters:
+        return [no_adapter(mode)]
+    if DEFAULT not in parts.adapters and len(parts.adapters) > 1:
+        return [
+            Problem(
+                f"the checkpoint holds {len(parts.adapters)} adapters, none of them {DEFAULT!r}: "
+                f"{listing(parts.adapters)}",
+                why=f"of several, the one that peft names {DEFAULT!r} is taken",
+                fix="save the one that is meant by itself",
+                kind="ambiguous",
+            )
+        ]
+    return []
+
+
+def of_another_kind(settings: Settings) -> list[Problem]:
+    """The files ask for a kind of LoRA that is more than `scale * B @ A`."""
+    if not settings.variants:
+        return []
+    return [
+        Problem(
+            f"the adapter is of a kind that is not read: {listing(settings.variants)}",
+            where=settings.origins[settings.variants[0]],
+            why="its update is more than scale * B @ A, or its names are others",
+            fix="fold or save it in the training job, with peft",
+            kind="unsupported",
+        )
+    ]
+
+
+def lacking(
+    wanted: Sequence[str], held: Collection[str], base: Collection[str], directory: str | None, settings: Settings
+) -> list[Problem]:
+    """Weights that are adapted and not here. wanted: their names; held, base: what checkpoint and base model hold.
+
+    directory: the base model's; None without one.
+    """
+    absent = [name for name in wanted if name not in held]
+    if absent and settings.changed_base:
+        return [
+            Problem(
+                f"init_lora_weights={settings.changed_base!r} changed the base weights, and the checkpoint does not "
+                f"hold {listing(absent)}",
+                where=settings.origins["init_lora_weights"],
+                why="the published base model is not the one that the adapter fits",
+                fix="save the whole state dict in the training job, or write the adapter alone: --lora adapter",
+                kind="missing",
+            )
+        ]
+    absent = [name for name in absent if name not in base]
+    if not absent:
+        return []
+    return [
+        Problem(
+            f"the weights of {plural(len(absent), 'adapted layer')} are not here: {listing(absent)}",
+            where=directory or "",
+            why="the checkpoint holds the adapter alone" if directory is None else "the base model is another one",
+            fix="pass the model that training started from: --base_model DIR"
+            + ("; or write the adapter alone: --lora adapter" if directory is None else ""),
+            kind="missing",
+        )
+    ]
+
+
+def tied(fitted: Iterable[Fitted], ties: Mapping[str, str]) -> list[Problem]:
+    """Weights that cannot be folded because another name stands for them too. ties: name → the one that is kept."""
+    pairs = {name: other for alias, kept in ties.items() for name, other in ((alias, kept), (kept, alias))}
+    return [
+        Problem(
+            f"{each.weight} is adapted, and tied to {pairs[each.weight]}",
+            why="folded, both would change, and only one of them was trained with the adapter",
+            fix='set "tie_word_embeddings": false in config.json, or split: --lora split',
+            kind="contradiction",
+        )
+        for each in fitted
+        if each.weight in pairs
+    ]

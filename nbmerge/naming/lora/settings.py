@@ -1,0 +1,152 @@
+"""What is known of an adapter beside its tensors: alpha, rslora, patterns, task. Each with where it was known from."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from nbmerge.errors import OptionError, Problem
+from nbmerge.options import expanded_path
+
+ADAPTER_CONFIG, VERL_META = "adapter_config.json", "lora_train_meta.json"
+ALPHA_FIX = "pass the value that training used: --lora_alpha N, or its adapter_config.json: --lora_config FILE"
+# peft's variants whose update is more than scale * B @ A, or that no merge can hold.
+_VARIANTS = (
+    "alora_invocation_tokens", "arrow_config", "kasa_config", "megatron_config", "monteclora_config", "use_bdlora",
+    "use_qalora", "velora_config", "layer_replication", "trainable_token_indices",
+)  # fmt: skip
+# Initialisations that change the base weights: the adapter fits those that training began with, not the published ones.
+_CHANGES_BASE = re.compile(r"pissa|corda|olora|loftq|lora_ga")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the files and the options say. values: adapter_config.json's keys; origins: key → where it was known from.
+
+    base: the whole adapter_config.json that was found, to be written again with what is corrected in it.
+    """
+
+    values: Mapping[str, Any] = field(default_factory=dict)
+    origins: Mapping[str, str] = field(default_factory=dict)
+    base: Mapping[str, Any] = field(default_factory=dict)
+    problems: tuple[Problem, ...] = ()
+
+    @property
+    def r(self) -> int | None:
+        """The rank that is recorded for modules without one of their own."""
+        value = self.values.get("r")
+        return value if isinstance(value, int) else None
+
+    @property
+    def use_rslora(self) -> bool:
+        """Whether the scale is alpha / sqrt(r); False, peft's default, where nothing says so."""
+        return bool(self.values.get("use_rslora"))
+
+    @property
+    def variants(self) -> list[str]:
+        """The keys that ask for a kind of LoRA whose update is not scale * B @ A."""
+        return [name for name in _VARIANTS if self.values.get(name)]
+
+    @property
+    def changed_base(self) -> str:
+        """The initialisation that changed the base weights; empty for one that did not."""
+        value = self.values.get("init_lora_weights")
+        return value if isinstance(value, str) and _CHANGES_BASE.match(value.lower()) else ""
+
+    def alpha_of(self, module: str) -> float:
+        """lora_alpha of a module, by peft's alpha_pattern. Only where lora_alpha is known."""
+        alpha: float = _by_pattern(self.values.get("alpha_pattern"), module, self.values["lora_alpha"])
+        return alpha
+
+    def rank_of(self, module: str) -> int | None:
+        """The rank that is recorded of a module, by peft's rank_pattern; None where none is."""
+        rank: int | None = _by_pattern(self.values.get("rank_pattern"), module, self.r)
+        return rank
+
+
+def _by_pattern(patterns: object, module: str, default: Any) -> Any:
+    """The rule of peft.utils.get_pattern_key: the first pattern that is the end of the name, or fits it."""
+    if isinstance(patterns, dict):
+        for pattern, value in patterns.items():
+            if re.match(rf"(.*\.)?({pattern})$", module):
+                return value
+    return default
+
+
+def read_settings(places: list[Path], lora_config: str | None, lora_alpha: float | None) -> Settings:
+    """What is known. places: directories to look in, those that say most first; the options hold against files.
+
+    Raises OptionError for a lora_config that is not there or says nothing.
+    """
+    found = list(_given(lora_config)) if lora_config is not None else list(_beside(places))
+    values: dict[str, Any] = {}
+    origins: dict[str, str] = {}
+    problems: list[Problem] = []
+    for path, content in found:
+        for key, value in content.items():
+            if value is None:
+                continue
+            if key not in values:
+                values[key], origins[key] = value, str(path)
+            elif key in ("r", "lora_alpha") and values[key] != value and lora_alpha is None:
+                problems.append(_contradiction(key, values[key], origins[key], value, path))
+    base = next((content for path, content in found if "peft_type" in content), {})
+    if lora_alpha is not None:
+        lora_alpha = int(lora_alpha) if float(lora_alpha).is_integer() else lora_alpha  # as adapter_config.json has it
+        said = f"; {origins['lora_alpha']} says {values['lora_alpha']!r}" if "lora_alpha" in values else ""
+        values["lora_alpha"], origins["lora_alpha"] = lora_alpha, f"the option lora_alpha{said}"
+        values.pop("alpha_pattern", None)
+    problems += _alpha_problem(values, origins, places)
+    return Settings(values, origins, base, tuple(problems))
+
+
+def _given(lora_config: str) -> Iterator[tuple[Path, dict[str, Any]]]:
+    path = expanded_path(lora_config)
+    files = [path / name for name in (ADAPTER_CONFIG, VERL_META)] if path.is_dir() else [path]
+    contents = [(file, content) for file in files if (content := _json(file))]
+    if not contents:
+        raise OptionError(
+            "lora_config names no file that says anything of an adapter", where=str(path),
+            fix=f"pass {ADAPTER_CONFIG} or {VERL_META}, or a directory with one of them",
+        )  # fmt: skip
+    yield from contents
+
+
+def _beside(places: list[Path]) -> Iterator[tuple[Path, dict[str, Any]]]:
+    for name in (ADAPTER_CONFIG, VERL_META):
+        for place in dict.fromkeys(places):
+            if content := _json(place / name):
+                yield place / name, content
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _contradiction(key: str, value: object, origin: str, other: object, path: Path) -> Problem:
+    return Problem(
+        f"{key} is {value!r} in one file of the adapter and {other!r} in another", where=f"{origin} and {path}",
+        why="one of the two is of another run", fix="pass the file that is right: --lora_config FILE",
+        kind="contradiction",
+    )  # fmt: skip
+
+
+def _alpha_problem(values: Mapping[str, Any], origins: Mapping[str, str], places: list[Path]) -> list[Problem]:
+    alpha = values.get("lora_alpha")
+    if isinstance(alpha, (int, float)) and not isinstance(alpha, bool) and 0 < alpha < float("inf"):
+        return []
+    if alpha is None:
+        what, where = "nothing says lora_alpha, without which the adapter's scale is not known", str(places[0])
+        why = f"there is no {ADAPTER_CONFIG} and no {VERL_META} in or beside the checkpoint that says it"
+    else:
+        what, where = f"lora_alpha is {alpha!r}", origins["lora_alpha"]
+        why = "with alpha 0 an adapter changes nothing; verl has written 0 where it did not know better"
+    return [Problem(what, where, why, ALPHA_FIX, kind="missing")]
