@@ -210,9 +210,9 @@ def _state_dict(state: Any, path: Path) -> tuple[Mapping[Any, Any], str]:
     """The mapping that holds the tensors, and the key that it is under. Raises UnsupportedCheckpointError."""
     keys: list[str] = []
     while isinstance(state, Mapping) and len(keys) <= _DEEPEST:
-        if any(_is_tensor(value) for value in state.values()):
+        key = next((key for key in _ROOTS if isinstance(state.get(key), Mapping)), None)  # even beside a tensor
+        if key is None and any(_is_tensor(value) for value in state.values()):
             return state, ".".join(keys)
-        key = next((key for key in _ROOTS if isinstance(state.get(key), Mapping)), None)
         if key is None:
             break
         state = state[key]

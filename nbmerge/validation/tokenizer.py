@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from nbmerge.errors import listing
+from nbmerge.receipt import RECEIPT_NAME
 from nbmerge.validation.findings import ERROR, WARNING, Check, Finding, Outcome
 from nbmerge.validation.quiet import first_line, quiet_transformers
 from nbmerge.validation.side import has_tokenizer, vocabulary_size
@@ -18,6 +20,9 @@ _EMBEDDING = re.compile(r"(^|\.)(embed_tokens|wte|word_embeddings|tok_embeddings
 _SPECIAL = ("bos", "eos", "pad", "unk", "decoder_start")
 _BASE = "copy the tokenizer's files of the model that was trained, from its huggingface/ directory"
 _MATRIX = 2  # dimensions
+_SOUGHT = 50  # tokens that are looked for in the files; that many of one kind tell enough
+_TOKENIZER_SUFFIXES = {".json", ".txt", ".model", ".tiktoken", ".vocab"}
+_NOT_ITS = {"config.json", "generation_config.json", RECEIPT_NAME}
 
 
 @dataclass(frozen=True)
@@ -65,7 +70,7 @@ class TokenizerCheck(Check):
             return Outcome((_not_loaded(loaded.failure),), "it does not load")
         tokens = _vocabulary(loaded.tokenizer)
         findings = [
-            *_too_many(tokens, rows, what),
+            *_too_many(subject, tokens, rows, what),
             *_ids_in_range(subject, rows, what),
             *_never_stops(subject, getattr(loaded.tokenizer, "eos_token_id", None)),
             *_not_rendered(loaded.tokenizer),
@@ -94,15 +99,39 @@ def _not_loaded(failure: str) -> Finding:
     )  # fmt: skip
 
 
-def _too_many(tokens: Mapping[str, int], rows: int | None, what: str) -> Iterator[Finding]:
+def _too_many(subject: Subject, tokens: Mapping[str, int], rows: int | None, what: str) -> Iterator[Finding]:
     beyond = sorted((number, token) for token, number in tokens.items() if rows is not None and number >= rows)
-    if beyond:
-        shown = listing(f"{token!r} is {number}" for number, token in beyond)
+    if not beyond:
+        return
+    shown = listing(f"{token!r} is {number}" for number, token in beyond)
+    said = f"{what} has {rows:,} rows; {shown}"
+    if not _in_files(subject, [token for _, token in beyond[:_SOUGHT]]):
         yield Finding(
-            "gives ids that the embedding has no row for", "the tokenizer", f"{what} has {rows:,} rows; {shown}",
-            why="it is of another model, or tokens were added without resizing the embedding",
-            fix=f"{_BASE}; if tokens were added in training, the checkpoint's embedding should have their rows",
+            "gets tokens from transformers that the embedding has no row for", "the tokenizer", said,
+            why="no file of the directory names them: the tokenizer's class adds them when it is loaded",
+            fix="leave them unused; or name the model's own tokens in tokenizer_config.json", severity=WARNING,
         )  # fmt: skip
+        return
+    yield Finding(
+        "gives ids that the embedding has no row for", "the tokenizer", said,
+        why="it is of another model, or tokens were added without resizing the embedding",
+        fix=f"{_BASE}; if tokens were added in training, the checkpoint's embedding should have their rows",
+    )  # fmt: skip
+
+
+def _in_files(subject: Subject, tokens: Iterable[str]) -> bool:
+    """Whether a tokenizer's file of the directory names any of the tokens, written as it is or with JSON's escapes."""
+    forms = [form for token in tokens for form in (token.encode(), json.dumps(token)[1:-1].encode())]
+    for path in sorted(subject.directory.iterdir()):
+        if path.suffix not in _TOKENIZER_SUFFIXES or path.name in _NOT_ITS or path.name.endswith(".index.json"):
+            continue
+        try:
+            content = path.read_bytes()
+        except OSError:
+            continue
+        if any(form in content for form in forms):
+            return True
+    return False
 
 
 def _ids_in_range(subject: Subject, rows: int | None, what: str) -> Iterator[Finding]:

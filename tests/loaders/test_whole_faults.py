@@ -124,6 +124,13 @@ def test_an_adapter_above_a_checkpoint_points_to_it(tmp_path: Path):
     assert_says(refusal(NotACheckpointError, open_checkpoint, tmp_path), f"fix:   pass {tmp_path / 'checkpoint-3'}")
 
 
+def test_a_counter_beside_the_state_dict_is_not_taken_for_it(tmp_path: Path):
+    torch.save({"step": torch.tensor(7), "model": small()}, tmp_path / "pytorch_model.bin")
+    opened = open_checkpoint(tmp_path)
+    assert set(opened) == set(small())
+    assert_says(" ".join(opened.notes), "under 'model'")
+
+
 def test_an_optimizer_alone_is_no_model(tmp_path: Path):
     save_file({"exp_avg": torch.ones(2)}, tmp_path / "optimizer.safetensors")
     refusal(NotACheckpointError, open_checkpoint, tmp_path)

@@ -319,3 +319,15 @@ def test_the_task_is_that_of_the_model_s_class(tmp_path: Path):
     nbmerge.merge(tmp_path / "ckpt", tmp_path / "out", lora="adapter", lora_alpha=5)
     content = json.loads((tmp_path / "out" / "lora_adapter" / "adapter_config.json").read_text())
     assert content["task_type"] == "CAUSAL_LM"
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_a_fold_states_what_it_holds_at_its_peak(tmp_path: Path, use_dora: bool):
+    """In fp32 DoRA holds four tensors of the weight's size beside inputs and result, LoRA two."""
+    write_world(tmp_path / "ckpt", adapted(target_modules=["down_proj"], use_dora=use_dora))
+    made = plan(tmp_path / "ckpt", lora="fold", lora_alpha=5, workers=1)
+    copied = plan(tmp_path / "ckpt", lora="split", lora_alpha=5, workers=1)
+    blocks = made.execution.buffer_bytes * (6 - 2)
+    inputs = 16 * 24 + 3 * 24 + 16 * 3 + (16 if use_dora else 0)
+    tensors = 16 * 24 * (5 if use_dora else 3) + inputs
+    assert made.execution.peak_bytes - copied.execution.peak_bytes == blocks + 4 * tensors

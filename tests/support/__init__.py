@@ -1,6 +1,7 @@
 """Small helpers that make real checkpoints and read real results.
 
 models     tiny random models, and what `save_pretrained` writes of them
+adapters   peft models of the tiny families, and checkpoints of them
 worlds     per-rank FSDP checkpoints: plain tensors, and real DTensors and ShardedTensors without process groups
 megatron   Megatron checkpoints: tensors (`_names` of `_layers` and `_vision`, `_forms`), `_objects`, containers,
            `_others` (FSDP and zarr), `_models` (whole checkpoints of the tiny models), `_runs` (directories of runs)

@@ -147,3 +147,11 @@ def test_loading_shows_nothing(whole: Path, capfd: pytest.CaptureFixture[str]):
     edit_json(whole / "tokenizer_config.json", tokenizer_class="Nonsense")
     load_tokenizer(Subject.of(whole))
     assert capfd.readouterr() == ("", "")
+
+
+def test_a_token_that_the_class_adds_by_itself_is_a_warning(tmp_path: Path):
+    model = clean(tmp_path / "model", "qwen2")
+    for path in model.glob("tokenizer*.json"):
+        path.write_text(path.read_text().replace("<|endoftext|>", "</s>"))
+    finding = only(run(TokenizerCheck(), model), "gets tokens from transformers", WARNING)
+    assert "'<|endoftext|>' is 37" in finding.detail

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 EXACT, FP32 = "exact", "fp32"
 _WHOLE_BYTES = 2 * 2**20  # a matrix up to this is folded in one piece
 _FEW_ROWS = 16  # a product of fewer rows may be summed in another order
-_SCRATCH = 8  # bytes for each element of what peft's merge holds at its peak beside its inputs: two fp32 tensors
 _FLOAT32 = BY_NAME["float32"]
 _local = threading.local()
 _making = threading.Lock()
@@ -62,13 +61,19 @@ def folded(kind: Kind, weight: Expr, a: Expr, b: Expr, magnitude: Expr | None = 
     )
     if not in_blocks:
         inputs = (weight, a, b) if magnitude is None else (weight, a, b, magnitude)
-        return Compute(name, _Fold(kind, precision), inputs, weight.shape, dtype, scratch=_SCRATCH * weight.numel)
+        return Compute(name, _Fold(kind, precision), inputs, weight.shape, dtype, scratch=_scratch(kind, weight, dtype))
     if kind.layer == "embedding" or kind.is_turned:
         cut, kept, by_columns = ex.permute(a, (1, 0)), b, True
     else:
         cut, kept, by_columns = b, a, False
     function = _FoldRows(kind, precision, by_columns)
     return Compute(name, function, (weight, cut, kept), weight.shape, dtype, axis=0, whole=1)
+
+
+def _scratch(kind: Kind, weight: Expr, dtype: DType) -> int:
+    """Bytes that peft's merge holds at its peak beside inputs and result, as measured."""
+    each = max(dtype.itemsize * (4 if kind.use_dora else 2), 8)
+    return weight.numel * (each + (dtype.itemsize if weight.dtype != dtype else 0))
 
 
 def folded_experts(kind: Kind, weight: Expr, a: Expr, b: Expr, *, precision: str) -> Expr:
