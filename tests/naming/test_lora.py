@@ -15,12 +15,17 @@ from nbmerge.naming.lora.keys import saved_name, shortest_targets, take_apart
 from nbmerge.options import MergeOptions
 from nbmerge.plan import MergePlan
 from tests.support.adapters import PREFIX, adapted, save_adapter_config, write_world
+from tests.support.megatron_models import megatron_state, refused_megatron
 from tests.support.messages import assert_says, refusal
 from tests.support.models import save_tiny_model, write_config, write_model_world
 from tests.support.results import assert_same, receipt_of, saved_bits
 
 Q_PROJ = "model.layers.0.self_attn.q_proj"
 MODES = ("split", "fold", "adapter")
+MEGATRON: list[tuple[tuple[str, ...], tuple[str, ...]]] = [
+    ((), ("holds no LoRA tensors", "leave lora out")),
+    (("decoder.layers.0.self_attention.linear_qkv.adapter.linear_in.weight",), ("Megatron names and cuts",)),
+]
 
 
 @pytest.fixture
@@ -225,6 +230,14 @@ class TestModes:
     def test_without_an_adapter_are_refused(self, tmp_path: Path, mode: str):
         write_model_world(tmp_path / "ckpt", "qwen2")
         assert_says(refused(tmp_path / "ckpt", lora=mode, lora_alpha=5), "holds no LoRA tensors", "leave lora out")
+
+    @pytest.mark.parametrize("mode", MODES)
+    def test_of_megatron_are_refused_with_or_without_an_adapter(self, tmp_path: Path, mode: str):
+        state = megatron_state("qwen2")
+        for number, (added, words) in enumerate(MEGATRON):
+            directory = tmp_path / str(number)
+            tensors = {**state, **{name: torch.zeros(2, 16) for name in added}}
+            assert_says(refused_megatron(directory, tensors, "qwen2", lora=mode, lora_alpha=5), *words)
 
     @pytest.mark.parametrize("mode", ["split", "fold"])
     def test_that_need_the_model_ask_for_it(self, tmp_path: Path, mode: str):

@@ -14,7 +14,7 @@ from nbmerge.naming.megatron.matching import any_number, match_of, rows_of
 from nbmerge.naming.megatron.rules import Sizes
 
 _SOUGHT = 8  # strays whose nearest rule is looked for; a message shows fewer
-_ADAPTER = re.compile(r"\.(?:adapters?|lora_[AB]|linear_in|linear_out|to_wrap)\.")
+_ADAPTER = re.compile(r"\.(?:adapters?|lora_[ABab]|linear_in|linear_out|to_wrap)\.")
 
 
 def adapters(names: Iterable[str]) -> list[str]:
