@@ -446,12 +446,6 @@ class TestTheFunctions:
     def test_an_unknown_option_is_named(self, ckpt: Path):
         assert_says(refusal(OptionError, nbmerge.plan_merge, ckpt, max_shard="5GB"), "no option is named max_shard")
 
-    @pytest.mark.parametrize("option", [{"weights": "master"}, {"hf_upload_path": "a/b"}])
-    def test_what_this_version_does_not_do_is_said_in_a_sentence(self, ckpt: Path, out: Path, option: dict[str, str]):
-        message = refusal(NotSupportedError, nbmerge.merge, ckpt, out, **option)
-        assert_says(message, "not supported yet", "fix:")
-        assert not out.exists()
-
     def test_a_path_that_is_no_checkpoint(self, tmp_path: Path, out: Path):
         assert_says(refusal(NotACheckpointError, nbmerge.merge, tmp_path, out), str(tmp_path))
 
