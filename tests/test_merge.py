@@ -18,7 +18,6 @@ from nbmerge import (
     InconsistentCheckpointError,
     MergePlan,
     NotACheckpointError,
-    NotSupportedError,
     OptionError,
     SpaceError,
     VerificationError,
