@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Iterator
 
+from nbmerge.comparing.elements import is_held
 from nbmerge.display import words
 from nbmerge.display.collapse import collapse
 from nbmerge.display.model import Cell, Column, Table
@@ -112,7 +113,9 @@ def _casts_table(plan: MergePlan) -> Table:
         for kind, names in list(kinds.items())[:_ROWS]
     )
     columns = (Column("cast"), Column("tensors", number=True), Column("which", code=True))
-    title = f"{plural(len(plan.casts), 'cast')}: rounded to the nearest, ties to even"
+    exact = all(is_held(cast.before, cast.after) for cast in plan.casts)
+    how = "exact, as the wider dtype holds every value" if exact else "rounded to the nearest, ties to even"
+    title = f"{plural(len(plan.casts), 'cast')}: {how}"
     return Table(columns, rows, title, max(len(kinds) - _ROWS, 0), "kinds", ".casts")
 
 
