@@ -133,7 +133,8 @@ def _mean(parts: Sequence[Expr], shares: Sequence[float]) -> Expr:
 
 def _wider(a: DType, b: DType) -> DType:
     wide = common_dtype(a, b)
-    assert wide is not None  # such pairs are refused before
+    if wide is None:  # told with all else that differs before this is asked
+        raise InconsistentCheckpointError(f"{a} and {b} cannot be averaged")
     return wide
 
 

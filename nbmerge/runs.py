@@ -84,8 +84,10 @@ def inspect(path: PathLike, **options: Any) -> Checkpoint | Run:
     holds anything that a loader recognises, and for the checkpoint in the directory itself what opening raises.
     """
     directory = existing_directory(expanded_path(os.fspath(path)))
-    if options.get("backend", "auto") == "auto" and not is_recognised(directory) and any(_recognised(directory)):
-        return survey(directory, **options)
+    if options.get("backend", "auto") == "auto" and not is_recognised(directory):
+        run = survey(directory, **options)
+        if any(each.backends for each in run):
+            return run
     return open_checkpoint(path, **options)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import tempfile
 import time
@@ -20,6 +19,7 @@ from nbmerge.export.hub_errors import told
 from nbmerge.export.model_card import base_model_of, model_card
 from nbmerge.export.proof import is_proved
 from nbmerge.export.repository import confirm, stale_weights
+from nbmerge.json_files import json_object
 from nbmerge.opening import PathLike
 from nbmerge.options import expanded_path
 from nbmerge.receipt import RECEIPT_NAME
@@ -98,7 +98,7 @@ def push_to_hub(
     if is_left_to_rank_0():
         return PushReport(repo_id, where, f"{endpoint or _endpoint()}/{repo_id}")
     access = check_access(repo_id, private=private, token=token, endpoint=endpoint)
-    receipt = _receipt_of(directory)
+    receipt = json_object(directory / RECEIPT_NAME)
     contents = contents_of(directory, receipt)
     from huggingface_hub import HfApi
 
@@ -178,14 +178,6 @@ def _directory_of(source: MergeReport | PathLike) -> Path:
             "there is no such directory", where=str(directory), fix="pass the directory that a merge wrote"
         )
     return directory
-
-
-def _receipt_of(directory: Path) -> dict[str, Any]:
-    try:
-        found = json.loads((directory / RECEIPT_NAME).read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def _validated(directory: Path, has_receipt: bool, progress: bool | None) -> ValidationReport:

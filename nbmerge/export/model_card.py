@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 from nbmerge.errors import listing, plural
 from nbmerge.export.proof import is_proved
+from nbmerge.json_files import json_object
 from nbmerge.runs import step_of
 from nbmerge.validation.report import ValidationReport
 
@@ -25,7 +25,7 @@ def model_card(
 
     base_model: the Hub's name of the model that training started from.
     """
-    config = _json(directory / "config.json")
+    config = json_object(directory / "config.json")
     lines = ["---", *_metadata(config, base_model), "---", "", f"# {repo_id.rpartition('/')[2]}", ""]
     lines += [_opening(config, receipt), ""]
     facts = list(_facts(config, receipt))
@@ -51,8 +51,8 @@ _TASKS = {"CausalLM": "text-generation", "TokenClassification": "token-classific
 
 def base_model_of(directory: Path) -> str | None:
     """What config.json or the adapter names as the model that training started from, if the Hub can have it."""
-    adapter = _json(directory / "lora_adapter" / "adapter_config.json").get("base_model_name_or_path")
-    for name in (_json(directory / "config.json").get("_name_or_path"), adapter):
+    adapter = json_object(directory / "lora_adapter" / "adapter_config.json").get("base_model_name_or_path")
+    for name in (json_object(directory / "config.json").get("_name_or_path"), adapter):
         if isinstance(name, str) and _HUB_NAME.fullmatch(name) and not Path(name).exists():
             return name
     return None
@@ -143,11 +143,3 @@ def _entries(receipt: dict[str, Any], key: str) -> list[dict[str, Any]]:
 def _cell(text: str) -> str:
     """Text that ends no cell and makes no HTML."""
     return text.replace("|", "\\|").replace("<", "&lt;").replace("\n", " ")
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return found if isinstance(found, dict) else {}

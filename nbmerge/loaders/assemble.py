@@ -52,15 +52,8 @@ class Assembler:
                 kind="missing",
             )
         for what, of in (("kind", _kind), ("dtype", _dtype), ("shape", _shape), ("placement", _placements)):
-            if two := two_opinions((of(piece), rank) for rank, piece in pieces.items()):
-                (a, a_ranks), (b, b_ranks) = two
-                return Problem(
-                    f"the ranks disagree on the {what} of {name}: {a} and {b}",
-                    where=f"rank {listing(a_ranks)}; rank {listing(b_ranks)}",
-                    why="the files of the ranks are not of one save",
-                    fix="copy all ranks' files again from one step",
-                    kind="contradiction",
-                )
+            if problem := disagreement(name, what, ((of(piece), rank) for rank, piece in pieces.items())):
+                return problem
         return self._twice_in_one_place(name, pieces)
 
     def _twice_in_one_place(self, name: str, pieces: Mapping[int, Piece]) -> Problem | None:
@@ -187,6 +180,21 @@ def global_shape(pieces: Mapping[int, Piece], mesh: Shape, placements: tuple[Pla
                 seen[tuple(coordinate[i] for i in cut)] = piece.stored.shape[dim]
         shape[dim] = sum(seen.values())
     return tuple(shape)
+
+
+def disagreement(name: str, what: str, opinions: Iterable[tuple[Opinion, int]]) -> Problem | None:
+    """The problem that two ranks say different things of a tensor. opinions: each with the rank that has it."""
+    two = two_opinions(opinions)
+    if not two:
+        return None
+    (a, a_ranks), (b, b_ranks) = two
+    return Problem(
+        f"the ranks disagree on the {what} of {name}: {a} and {b}",
+        where=f"rank {listing(a_ranks)}; rank {listing(b_ranks)}",
+        why="the files of the ranks are not of one save",
+        fix="copy all ranks' files again from one step",
+        kind="contradiction",
+    )
 
 
 def two_opinions(said: Iterable[tuple[Opinion, Who]]) -> tuple[tuple[Opinion, list[Who]], ...]:

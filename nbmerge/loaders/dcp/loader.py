@@ -123,23 +123,25 @@ def _indexed(place: Place, options: OpenOptions, expected: Callable[[str], Shape
     entries = {name: index.tensors[name] for name in division.weights.values()}
     _refuse_odd_types(entries, place)
     located = locate(place.weights, entries, options)
-    tensors: dict[str, LazyTensor] = {}
-    problems: list[Problem] = []
-    for name, stored_name in division.weights.items():
-        made = paste(name, entries[stored_name].shape, located.pop(stored_name), ())
-        if isinstance(made, Problem):
-            problems.append(made)
-        else:
-            tensors[name] = made
-    if problems:
-        raise index_error(problems, place.weights)
+    made = {
+        name: paste(name, entries[stored_name].shape, located.pop(stored_name), ())
+        for name, stored_name in division.weights.items()
+    }
     return _Contents(
         layout="torch.distributed.checkpoint",
-        tensors=tensors,
+        tensors=_all_whole(made, place),
         files=tuple(_files(place, index, division)),
         world_size=max((rank_of(path.name) for path in place.weights.glob("*.distcp")), default=0) + 1,
         notes=tuple(_notes(division, list(index.objects))),
     )
+
+
+def _all_whole(made: Mapping[str, LazyTensor | Problem], place: Place) -> dict[str, LazyTensor]:
+    """The tensors. Raises what `index_error` gives for all that could not be put together."""
+    problems = [each for each in made.values() if isinstance(each, Problem)]
+    if problems:
+        raise index_error(problems, place.weights)
+    return {name: each for name, each in made.items() if isinstance(each, LazyTensor)}
 
 
 def _refuse_odd_types(entries: Mapping[str, TensorEntry], place: Place) -> None:
@@ -163,21 +165,14 @@ def _sharded(place: Place, options: OpenOptions, expected: Callable[[str], Shape
     division = divide(shards.located, expected, str(place.weights))
     if not division.weights:
         raise _without_weights(place, Index({}, {}))
-    tensors: dict[str, LazyTensor] = {}
-    problems: list[Problem] = []
+    made: dict[str, LazyTensor | Problem] = {}
     for name, stored_name in division.weights.items():
         found = shards.located[stored_name]
         shape = shape_of(name, found)
-        made = shape if isinstance(shape, Problem) else paste(name, shape, found, ())
-        if isinstance(made, Problem):
-            problems.append(made)
-        else:
-            tensors[name] = made
-    if problems:
-        raise index_error(problems, place.weights)
+        made[name] = shape if isinstance(shape, Problem) else paste(name, shape, found, ())
     return _Contents(
         layout="torch.distributed.checkpoint in safetensors files",
-        tensors=tensors,
+        tensors=_all_whole(made, place),
         files=tuple(SourceFile.of(path, "weights") for path in shards.files),
         world_size=shards.world_size,
         notes=tuple(_notes(division, [])),

@@ -16,7 +16,7 @@ from nbmerge.engine.safetensors_file import Entry, read_header
 from nbmerge.errors import CorruptFileError, IncompleteCheckpointError, Problem, listing, plural
 from nbmerge.expressions import Stored
 from nbmerge.geometry import Box, Shape, contiguous_strides
-from nbmerge.loaders.assemble import two_opinions
+from nbmerge.loaders.assemble import disagreement
 from nbmerge.loaders.base import OpenOptions
 from nbmerge.loaders.dcp.storage import Located
 from nbmerge.loaders.rank_shards import SHARD, UNREADABLE, saved_offsets
@@ -66,15 +66,8 @@ def shape_of(name: str, pieces: Iterable[tuple[int, Box, Stored]]) -> Shape | Pr
         ("dtype", [(str(stored.dtype), rank) for rank, _, stored in found]),
         ("number of dimensions", [(str(len(box.shape)), rank) for rank, box, _ in found]),
     ):
-        if two := two_opinions(opinions):
-            (a, a_ranks), (b, b_ranks) = two
-            return Problem(
-                f"the ranks disagree on the {what} of {name}: {a} and {b}",
-                where=f"rank {listing(a_ranks)}; rank {listing(b_ranks)}",
-                why="the files of the ranks are not of one save",
-                fix="copy all ranks' files again from one step",
-                kind="contradiction",
-            )
+        if problem := disagreement(name, what, opinions):
+            return problem
     filled = [box for _, box, _ in found if box.numel] or [box for _, box, _ in found]
     return tuple(map(max, zip(*(box.stop for box in filled), strict=True)))
 

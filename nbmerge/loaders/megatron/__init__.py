@@ -10,10 +10,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from nbmerge.errors import CheckpointError, IncompleteCheckpointError, OptionError, UnsupportedCheckpointError
+from nbmerge.json_files import json_object
 from nbmerge.layout import Checkpoint
 from nbmerge.loaders.base import Loader, OpenOptions
 from nbmerge.loaders.megatron.contents import Contents
-from nbmerge.loaders.megatron.directories import Place, find, json_object
+from nbmerge.loaders.megatron.directories import Place, find
 from nbmerge.loaders.megatron.dist import open_torch_dist
 from nbmerge.loaders.megatron.ranks import open_rank_files
 from nbmerge.loaders.megatron.recorded import beside_weights

@@ -9,14 +9,13 @@ alone:        a dist_ckpt directory, an iteration's directory
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from nbmerge.errors import CheckpointError, IncompleteCheckpointError, listing
+from nbmerge.json_files import json_object
 from nbmerge.layout import Stated
 from nbmerge.loaders.dcp.metadata import METADATA
 from nbmerge.loaders.megatron.files import WEIGHTS
@@ -170,12 +169,3 @@ def _names_megatron(path: Path) -> bool:
 
 def _children(folder: Path) -> list[Path]:
     return sorted(folder.iterdir()) if folder.is_dir() else []
-
-
-def json_object(path: Path) -> Mapping[str, Any]:
-    """The JSON object in a file; empty where there is none, or nothing that is one."""
-    try:
-        content = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):  # the last for brackets in brackets
-        return {}
-    return content if isinstance(content, dict) else {}

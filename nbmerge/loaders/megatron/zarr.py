@@ -15,11 +15,11 @@ from nbmerge.dtypes import BY_NAME, DType
 from nbmerge.errors import CheckpointError, CorruptFileError, IncompleteCheckpointError, Problem, listing, plural
 from nbmerge.expressions import Stored
 from nbmerge.geometry import Box, Shape, contiguous_strides, unravel
+from nbmerge.json_files import json_object
 from nbmerge.layout import LazyTensor, SourceFile
 from nbmerge.loaders.assemble import paste
 from nbmerge.loaders.base import index_error
 from nbmerge.loaders.megatron.contents import Contents
-from nbmerge.loaders.megatron.directories import json_object
 from nbmerge.loaders.megatron.dist import is_weight
 from nbmerge.loaders.megatron.recorded import Recorded
 from nbmerge.loaders.megatron.sizes import ParallelSizes

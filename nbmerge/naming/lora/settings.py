@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from nbmerge.errors import OptionError, Problem
+from nbmerge.json_files import json_object
 from nbmerge.options import expanded_path
 
 ADAPTER_CONFIG, VERL_META = "adapter_config.json", "lora_train_meta.json"
@@ -107,7 +107,7 @@ def read_settings(places: list[Path], lora_config: str | None, lora_alpha: float
 def _given(lora_config: str) -> Iterator[tuple[Path, dict[str, Any]]]:
     path = expanded_path(lora_config)
     files = [path / name for name in (ADAPTER_CONFIG, VERL_META)] if path.is_dir() else [path]
-    contents = [(file, content) for file in files if (content := _json(file))]
+    contents = [(file, content) for file in files if (content := json_object(file))]
     if not contents:
         raise OptionError(
             "lora_config names no file that says anything of an adapter", where=str(path),
@@ -119,16 +119,8 @@ def _given(lora_config: str) -> Iterator[tuple[Path, dict[str, Any]]]:
 def _beside(places: list[Path]) -> Iterator[tuple[Path, dict[str, Any]]]:
     for name in (ADAPTER_CONFIG, VERL_META):
         for place in dict.fromkeys(places):
-            if content := _json(place / name):
+            if content := json_object(place / name):
                 yield place / name, content
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return content if isinstance(content, dict) else {}
 
 
 def _contradiction(key: str, value: object, origin: str, other: object, path: Path) -> Problem:
