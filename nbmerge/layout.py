@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from nbmerge import expressions as ex
 from nbmerge.dtypes import DType
@@ -13,6 +14,9 @@ from nbmerge.errors import Problem
 from nbmerge.expressions import Expr, Stored
 from nbmerge.geometry import Box, Shape
 from nbmerge.shown import Displayed
+
+if TYPE_CHECKING:
+    from nbmerge.tensor_stats import TensorStats
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +105,19 @@ class LazyTensor(Displayed):
         """This tensor and the others, one after the other along `dim`, as a new lazy tensor."""
         parts = [self.expr, *(other.expr for other in others)]
         return LazyTensor(self.name, ex.cat(parts, dim))
+
+    def stats(
+        self, *, sample: float = 1.0, workers: int | None = None, progress: bool | None = None
+    ) -> TensorStats:  # fmt: skip
+        """Mean, deviation, extremes and a histogram of its elements. This reads the tensor, block by block.
+
+        sample: a share of its blocks, for a very large one. Raises OptionError, and what reading raises.
+        """
+        from nbmerge.opening import listener_of
+        from nbmerge.tensor_stats import stats_of
+
+        with listener_of(progress) as listen:
+            return stats_of(self.name, self.expr, sample=sample, workers=workers, listener=listen)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,48 +1,70 @@
-"""Keeps a view small enough for a notebook: cuts rows of its longest tables, then alerts, and says what was cut."""
+"""Keeps a view small enough for a notebook: cuts its longest tables, then drawings, then alerts, and says so."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
 from nbmerge.display.html import render_html
-from nbmerge.display.model import Alert, View
+from nbmerge.display.model import Alert, Section, Table, View
 
 LIMIT = 30_000  # bytes of HTML that a view may have
+_FEW = 8  # rows that a table keeps as long as there are drawings to leave out
 _FEWEST = 1  # rows that a table keeps
 
 
 def fit(view: View) -> View:
-    """The view, with the longest tables cut until its HTML takes at most 30 kB, then with fewer alerts."""
-    while _is_too_long(view) and (longest := _longest_table(view)):
-        view = _cut(view, *longest)
-    alerts = view.alerts
-    for shown in range(len(alerts) - 1, 0, -1):
-        if not _is_too_long(view):
+    """The view, cut until its HTML takes at most 30 kB, or until there is nothing more to cut."""
+    while len(render_html(view).encode("utf-8", "replace")) > LIMIT:
+        smaller = (
+            _with_a_shorter_table(view, _FEW)
+            or _without_a_grid(view)
+            or _with_a_shorter_table(view, _FEWEST)
+            or _with_fewer_alerts(view)
+        )
+        if smaller is None:
             break
-        more = Alert(alerts[shown - 1].kind, f"{len(alerts) - shown:,} more not shown")
-        view = replace(view, alerts=(*alerts[:shown], more))
+        view = smaller
     return view
 
 
-def _is_too_long(view: View) -> bool:
-    return len(render_html(view).encode("utf-8", "replace")) > LIMIT
-
-
-def _longest_table(view: View) -> tuple[int, int] | None:
-    """The numbers of a section and of its table; None where no table has rows to spare."""
-    lengths = {
-        (s, t): len(table.rows) for s, part in enumerate(view.sections) for t, table in enumerate(part.tables)
-    }  # fmt: skip
-    longest = max(lengths, key=lambda place: lengths[place], default=None)
-    return longest if longest and lengths[longest] > _FEWEST else None
-
-
-def _cut(view: View, section: int, table: int) -> View:
-    """The view with three quarters of the table's rows."""
+def _with_a_shorter_table(view: View, fewest: int) -> View | None:
+    """The view with three quarters of its longest table's rows; None where no table has more than `fewest`."""
+    tables = [(len(table.rows), s, t) for s, part in enumerate(view.sections) for t, table in enumerate(part.tables)]
+    rows, section, number = max(tables, key=lambda found: found[0], default=(0, 0, 0))
+    if rows <= fewest:
+        return None
     part = view.sections[section]
-    old = part.tables[table]
-    keep = max(_FEWEST, len(old.rows) * 3 // 4)
-    new = replace(old, rows=old.rows[:keep], hidden=old.hidden + len(old.rows) - keep)
-    tables = (*part.tables[:table], new, *part.tables[table + 1 :])
-    sections = (*view.sections[:section], replace(part, tables=tables), *view.sections[section + 1 :])
-    return replace(view, sections=sections)
+    shorter = _shorter(part.tables[number], max(fewest, rows * 3 // 4))
+    tables_then = (*part.tables[:number], shorter, *part.tables[number + 1 :])
+    return _with_section(view, section, replace(part, tables=tables_then))
+
+
+def _shorter(table: Table, keep: int) -> Table:
+    return replace(table, rows=table.rows[:keep], hidden=table.hidden + len(table.rows) - keep)
+
+
+def _without_a_grid(view: View) -> View | None:
+    """The view without the last drawing of the section that has the most; None where there is none."""
+    number = max(range(len(view.sections)), key=lambda s: len(view.sections[s].grids), default=0)
+    if not view.sections or not view.sections[number].grids:
+        return None
+    part = view.sections[number]
+    told = "" if _LEFT_OUT in part.notes else _LEFT_OUT
+    return _with_section(view, number, replace(part, grids=part.grids[:-1], notes=(*part.notes, *filter(None, [told]))))
+
+
+_LEFT_OUT = "drawings were left out to keep this small"
+
+
+def _with_fewer_alerts(view: View) -> View | None:
+    """The view with one alert less, and a word on how many there were; None where one is left."""
+    alerts, more = view.alerts, 1
+    if alerts and alerts[-1].more:
+        alerts, more = alerts[:-1], alerts[-1].more + 1
+    if len(alerts) <= 1:
+        return None
+    return replace(view, alerts=(*alerts[:-1], Alert(alerts[-1].kind, f"{more:,} more not shown", more=more)))
+
+
+def _with_section(view: View, number: int, section: Section) -> View:
+    return replace(view, sections=(*view.sections[:number], section, *view.sections[number + 1 :]))

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 
 from markupsafe import escape
 
-from nbmerge.display.model import PROBLEM, Alert, Cell, Column, Fact, Section, Table, View
+from nbmerge.display.model import PROBLEM, Alert, Cell, Column, Fact, Grid, Patch, Section, Table, View
 from nbmerge.display.words import visible
 
 _STYLE = """<style>
@@ -25,15 +25,22 @@ _STYLE = """<style>
 .nbm code{background:none!important;padding:0!important;color:inherit!important}
 .nbm .nbm-k code{white-space:nowrap}
 .nbm summary:focus-visible{outline:2px solid rgb(76,139,245);outline-offset:2px}
+.nbm .nbm-map td{border:0;border-radius:3px;padding:2px 10px;vertical-align:middle;white-space:nowrap}
+.nbm .nbm-map th{border:0;padding:2px 8px 2px 0;vertical-align:middle;white-space:nowrap}
+.nbm .nbm-map tbody tr:hover{background:none!important}
 .nbm-facts th,.nbm-facts td{border:0!important;padding-top:1px!important;padding-bottom:1px!important}
 </style>"""
 
 _BAR = "rgba(76,139,245,.35)"
 _LEFT = ' style="text-align:left"'
 _HEAD = ' style="text-align:left;font-weight:normal"'
+_CENTRED = ' style="text-align:center;font-weight:normal"'
 _SHORT = 23  # characters of a cell that are kept on one line
 _NAME = 60  # characters of a name that are kept on one line where the style is kept
 _TABLE = '<div style="overflow-x:auto"><table style="border-collapse:collapse;margin:4px 0 8px 0"'
+_HUES = ("76,139,245", "230,150,0", "0,160,120", "200,80,160", "120,110,220", "190,120,60", "40,160,200", "150,160,40")
+"""Grounds of patches, red, green and blue; half see-through, so that text is legible on light and on dark."""
+_TALLEST = 40  # pixels of a row of a map
 _ALERTS = {  # mark, edge, ground
     True: ("✗ Problem", "rgba(220,50,47,.9)", "rgba(220,50,47,.13)"),
     False: ("▲ Attention", "rgba(200,140,0,.9)", "rgba(230,170,0,.16)"),
@@ -93,12 +100,39 @@ def _section(section: Section) -> Iterator[str]:
     yield f"<b>{_safe(section.title)}</b>{summary}</summary>"
     if section.facts:
         yield from _facts(section.facts)
+    for grid in section.grids:
+        yield from _grid(grid)
     for table in section.tables:
         yield from _table(table)
     for note in section.notes:
         text = f"<small>{_safe(note)}</small>" if section.tables else _safe(note)
         yield f'<div style="margin:2px 0 6px 0">{text}</div>'
     yield "</details>"
+
+
+def _grid(grid: Grid) -> Iterator[str]:
+    """The drawing as a table whose cells have a ground for each hue."""
+    yield '<div style="display:inline-block;vertical-align:top;max-width:100%;margin:4px 28px 8px 0">'
+    if grid.title:
+        yield f"<div>{_safe(grid.title)}</div>"
+    yield '<div style="overflow-x:auto"><table class="nbm-map" style="border-collapse:separate;border-spacing:2px">'
+    if any(grid.column_heads) or grid.corner:
+        heads = "".join(f'<th scope="col" align="center"{_CENTRED}>{_safe(head)}</th>' for head in grid.column_heads)
+        yield f"<thead><tr><th{_HEAD}><small>{_safe(grid.corner)}</small></th>{heads}</tr></thead>"
+    yield "<tbody>"
+    for number, (head, patches) in enumerate(zip(grid.row_heads, grid.patches, strict=True)):
+        tall = f' style="height:{max(16, round(_TALLEST * grid.sizes[number]))}px"' if grid.sizes else ""
+        cells = "".join(map(_patch, patches))
+        yield f'<tr{tall}><th scope="row" align="right"{_HEAD}>{_safe(head)}</th>{cells}</tr>'
+    yield "</tbody></table></div>"
+    for note in grid.notes:
+        yield f"<div><small>{_safe(note)}</small></div>"
+    yield "</div>"
+
+
+def _patch(patch: Patch) -> str:
+    ground = f";background:rgba({_HUES[patch.hue % len(_HUES)]},.32)" if patch.hue is not None else ""
+    return f'<td align="center" style="text-align:center{ground}">{_safe(patch.text)}</td>'
 
 
 def _table(table: Table) -> Iterator[str]:
@@ -127,7 +161,7 @@ def _cell(cell: Cell, column: Column, first: bool) -> str:
     text = _safe(cell.text)
     if column.number or (len(cell.text) <= _SHORT and not column.code):
         text = text.replace(" ", "\N{NO-BREAK SPACE}")  # a number keeps its unit also where styles are dropped
-    content = _code(text, code=column.code)
+    content = "\N{NO-BREAK SPACE}" * 4 * cell.indent + _code(text, code=column.code)
     if first:
         whole = ' class="nbm-k"' if column.code and len(cell.text) <= _NAME else ""
         return f'<th scope="row" align="left"{whole}{_HEAD}>{content}</th>'

@@ -4,7 +4,7 @@ View
 ├── sentence          what the object is, at a glance
 ├── alerts            what is wrong, or must not be overlooked; shown first
 ├── facts             label and value
-├── sections          each folds away: facts, tables, notes
+├── sections          each folds away: facts, grids, tables, notes
 └── code              what to type next
 """
 
@@ -26,11 +26,15 @@ class Fact:
 
 @dataclass(frozen=True, slots=True)
 class Alert:
-    """What must be seen first. kind: `problem` (the work stops) or `attention` (it goes on); details: label, text."""
+    """What must be seen first. kind: `problem` (the work stops) or `attention` (it goes on); details: label, text.
+
+    more: how many alerts were cut, for the one that says so.
+    """
 
     kind: str
     what: str
     details: tuple[tuple[str, str], ...] = ()
+    more: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,10 +48,14 @@ class Column:
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """A cell. bar: a fraction from 0 to 1 that can be drawn behind the text; the text says it too."""
+    """A cell. bar: a fraction from 0 to 1 that can be drawn behind the text; the text says it too.
+
+    indent: how many levels below the rows of the top it stands.
+    """
 
     text: str
     bar: float | None = None
+    indent: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,12 +82,44 @@ class Table:
 
 
 @dataclass(frozen=True, slots=True)
+class Patch:
+    """A cell of a grid. hue: a number that patches of one kind share (a rank); None draws nothing behind the text."""
+
+    text: str
+    hue: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """A drawing of boxes in rows and columns, as they lie in a tensor or on a mesh.
+
+    down, across: what the rows and the columns are; row_heads, column_heads: one for each, `0:65`;
+    sizes: how tall each row is, as a share of the tallest; notes: what the drawing leaves out.
+    """
+
+    title: str
+    down: str
+    across: str
+    row_heads: tuple[str, ...]
+    column_heads: tuple[str, ...]
+    patches: tuple[tuple[Patch, ...], ...]
+    sizes: tuple[float, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def corner(self) -> str:
+        """What its heads are, in words: `dim 0 ↓  dim 1 →`; empty where neither has any."""
+        return "  ".join([f"{self.down} ↓"] * bool(self.down) + [f"{self.across} →"] * bool(self.across))
+
+
+@dataclass(frozen=True, slots=True)
 class Section:
     """A part of a view with a title and a summary of its content. opened: whether it starts unfolded."""
 
     title: str
     summary: str = ""
     facts: tuple[Fact, ...] = ()
+    grids: tuple[Grid, ...] = ()
     tables: tuple[Table, ...] = ()
     notes: tuple[str, ...] = ()
     opened: bool = False

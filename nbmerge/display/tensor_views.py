@@ -8,11 +8,14 @@ from pathlib import Path
 
 from nbmerge import expressions as ex
 from nbmerge.display import words
+from nbmerge.display.maps import shard_map
 from nbmerge.display.meshes import axis_label
 from nbmerge.display.model import Cell, Column, Fact, Section, Table, View
 from nbmerge.display.shards import along, cut_of, file_label, has_ranks, is_stored_once
+from nbmerge.display.sparklines import magnitude_line, scientific
 from nbmerge.errors import plural
 from nbmerge.layout import Chunk, LazyTensor
+from nbmerge.tensor_stats import TensorStats
 
 _PIECES = 32
 _ONCE = ", once; how many ranks held it is not in the files"
@@ -63,7 +66,8 @@ def _chunks_section(tensor: LazyTensor) -> Section:
     hidden = max(len(tensor.chunks) - _PIECES, 0)
     table = Table(tuple(columns), tuple(rows), hidden=hidden, rows_are="boxes", rest=".chunks")
     summary = "1 box" if len(tensor.chunks) == 1 else f"{len(tensor.chunks):,} boxes"
-    return Section("Shard map", summary, tables=(table,), opened=True)
+    drawn = shard_map(tensor)
+    return Section("Shard map", summary, grids=(drawn,) if drawn else (), tables=(table,), opened=True)
 
 
 def _box_cells(chunk: Chunk, tensor: LazyTensor) -> tuple[Cell, ...]:
@@ -104,3 +108,16 @@ def _made_of_section(tensor: LazyTensor) -> Section:
     table = Table(columns, rows, hidden=max(len(stored) - _PIECES, 0), rows_are="pieces", rest=".expr")
     summary = "an expression of " + ", ".join(f"{count:,} {name}" for name, count in kinds.items())
     return Section("Made of", summary, tables=(table,), opened=True)
+
+
+def stats_view(stats: TensorStats) -> View:
+    """One line: how many elements, how they are distributed, and a histogram of |x| by powers of two."""
+    sampled = "" if stats.share >= 1 else f", a sample of {words.percent(stats.share, 1)}"
+    said = [f"{words.elide(stats.name)}: {plural(stats.elements, 'element')} of {stats.dtype}{sampled}"]
+    if stats.mean is not None and stats.std is not None:
+        said.append(f"mean {scientific(stats.mean)}, std {scientific(stats.std)}")
+    if stats.least is not None and stats.greatest is not None:
+        said.append(f"from {scientific(stats.least)} to {scientific(stats.greatest)}")
+    said.append(f"{stats.zero:,} zero")
+    said += [f"{stats.nan:,} NaN"] * bool(stats.nan) + [f"{stats.infinity:,} infinite"] * bool(stats.infinity)
+    return View("Statistics", f"{', '.join(said)}; |x| {magnitude_line(stats.magnitudes)}")

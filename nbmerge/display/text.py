@@ -7,7 +7,7 @@ import textwrap
 from collections.abc import Iterator, Sequence
 from itertools import zip_longest
 
-from nbmerge.display.model import PROBLEM, Alert, Cell, Fact, Section, Table, View
+from nbmerge.display.model import PROBLEM, Alert, Cell, Fact, Grid, Section, Table, View
 from nbmerge.display.words import visible
 
 _WIDTH = 108
@@ -66,17 +66,44 @@ def _section(section: Section) -> Iterator[str]:
     yield from _wrapped(f"{section.title}" + (f": {visible(section.summary)}" if section.summary else ""), "  ")
     if section.facts:
         yield from _facts(section.facts)
+    for grid in section.grids:
+        yield from _grid(grid)
     for table in section.tables:
         yield from _table(table)
     for note in section.notes:
         yield from _wrapped(f"  {visible(note)}", "  ")
 
 
+def _grid(grid: Grid) -> Iterator[str]:
+    """The drawing in boxes of lines."""
+    if grid.title:
+        yield from _wrapped(f"  {visible(grid.title)}", "    ")
+    left = max(len(visible(head)) for head in grid.row_heads)
+    columns = list(zip(grid.column_heads, *[[patch.text for patch in row] for row in grid.patches], strict=True))
+    widths = [max(len(visible(text)) for text in column) + 2 for column in columns]
+    if any(grid.column_heads):
+        heads = " ".join(f"{visible(head):^{width}}" for head, width in zip(grid.column_heads, widths, strict=True))
+        yield f"  {'':{left}}  {heads}   {grid.corner}"
+    elif grid.corner:
+        yield f"  {grid.corner}"
+    yield f"  {'':{left}} {_rule('┌┬┐', widths)}"
+    for head, row in zip(grid.row_heads, grid.patches, strict=True):
+        texts = (f"{visible(patch.text):^{width}}" for patch, width in zip(row, widths, strict=True))
+        yield f"  {visible(head):>{left}} │{'│'.join(texts)}│"
+    yield f"  {'':{left}} {_rule('└┴┘', widths)}"
+    for note in grid.notes:
+        yield from _wrapped(f"  {visible(note)}", "    ")
+
+
+def _rule(corners: str, widths: Sequence[int]) -> str:
+    return corners[0] + corners[1].join("─" * width for width in widths) + corners[2]
+
+
 def _table(table: Table) -> Iterator[str]:
     if table.title:
         yield from _wrapped(f"  {visible(table.title)}", "    ")
     heads = tuple(Cell(column.title) for column in table.columns)
-    rows = [[visible(cell.text) for cell in row] for row in (heads, *table.rows)]
+    rows = [["  " * cell.indent + visible(cell.text) for cell in row] for row in (heads, *table.rows)]
     widths = _widths(table, rows)
     for number, row in enumerate(rows):
         yield from _row(table, row, widths)
@@ -116,6 +143,12 @@ def _folded(text: str, width: int) -> list[str]:
     """The text in lines of at most `width`, broken after spaces, dots and the like; a longer word stays whole."""
     if len(text) <= width:
         return [text]
+    words = text.lstrip(" ")
+    indent = min(len(text) - len(words), width // 2)
+    return [" " * indent + line for line in _lines_of(words, width - indent)]
+
+
+def _lines_of(text: str, width: int) -> list[str]:
     lines = [""]
     for piece in _BREAK.split(text):
         for part in [piece] if len(piece.rstrip()) <= width else _LAST_BREAK.split(piece):

@@ -14,7 +14,7 @@ from nbmerge.display.merge_views import plan_view, report_view
 from nbmerge.display.model import View
 from nbmerge.display.push_views import push_view
 from nbmerge.display.run_views import run_view
-from nbmerge.display.tensor_views import tensor_view
+from nbmerge.display.tensor_views import stats_view, tensor_view
 from nbmerge.display.trajectory_views import trajectory_view
 from nbmerge.display.validation_views import validation_view, validator_view
 from nbmerge.explaining.explanation import Explanation
@@ -24,6 +24,7 @@ from nbmerge.loaders.base import Loader
 from nbmerge.plan import MergePlan
 from nbmerge.report import MergeReport
 from nbmerge.runs import Run
+from nbmerge.tensor_stats import TensorStats
 from nbmerge.tracing import Location
 from nbmerge.validation.report import ValidationReport
 from nbmerge.validator import Validator
@@ -44,6 +45,7 @@ def _view_of(shown: object) -> View:
 
 _view_of.register(Checkpoint, checkpoint_view)
 _view_of.register(LazyTensor, tensor_view)
+_view_of.register(TensorStats, stats_view)
 _view_of.register(Loader, loader_view)
 _view_of.register(MergePlan, plan_view)
 _view_of.register(MergeReport, report_view)

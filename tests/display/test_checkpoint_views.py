@@ -6,6 +6,7 @@ import pytest
 
 from nbmerge.display.model import PROBLEM, Section, Table, View
 from nbmerge.display.shards import cut_of
+from nbmerge.display.text import render_text
 from nbmerge.display.views import view_of
 from nbmerge.errors import Problem
 from nbmerge.geometry import Box
@@ -62,11 +63,33 @@ def test_a_rank_that_left_its_empty_piece_out_still_counts_as_empty() -> None:
 
 def test_repeated_layers_share_a_row_with_their_bytes_added() -> None:
     table = _section(view_of(checkpoint()), "Parameters").tables[0]
-    assert _rows(table)[1] == [
-        "model.layers.{0..3}.self_attn.q_proj.weight", "4", "[16, 18]", "bfloat16",
-        "Shard(0)×4 · Shard(1)×2", "2.30 kB", "19.8%",
+    assert _rows(table)[4] == [
+        "weight", "4", "[16, 18]", "bfloat16", "Shard(0)×4 · Shard(1)×2", "2.30 kB", "19.8%"
     ]  # fmt: skip
     assert sum(cell.bar or 0.0 for row in table.rows for cell in row) == pytest.approx(1.0)
+
+
+def test_modules_stand_over_their_parts_with_the_sums() -> None:
+    table = _section(view_of(checkpoint()), "Parameters").tables[0]
+    tree = [(row[0].indent, row[0].text, row[1].text, row[5].text) for row in table.rows]
+    assert tree == [
+        (0, "model", "14", "11.7 kB"),
+        (1, "embed_tokens.weight", "1", "9.25 kB"),
+        (1, "layers.{0..3}", "12", "2.37 kB"),
+        (2, "self_attn.q_proj", "8", "2.34 kB"),
+        (3, "weight", "4", "2.30 kB"),
+        (3, "bias", "4", "40 B"),
+        (2, "norm.weight", "4", "24 B"),
+        (1, "norm.weight", "1", "36 B"),
+    ]
+    assert "    layers.{0..3} " in render_text(view_of(checkpoint()))
+
+
+def test_the_largest_tensor_of_each_placement_is_drawn() -> None:
+    mesh, embedding, *_, norm = _section(view_of(checkpoint()), "Shard map").grids
+    assert mesh.title == "Device mesh fsdp=4 × tp=2"
+    assert embedding.title == "Shard(0), Shard(1) (uneven): model.embed_tokens.weight [257, 18]"
+    assert norm.title == "Shard(0), not on it (uneven): model.norm.weight [18]"
 
 
 def test_files_are_listed_by_role_weights_first() -> None:
