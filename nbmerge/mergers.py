@@ -26,6 +26,7 @@ from nbmerge.opening import open_checkpoint, plan_merge
 from nbmerge.options import OPEN_ONLY, OPEN_OPTIONS, expanded_path
 from nbmerge.plan import MergePlan
 from nbmerge.report import MergeReport
+from nbmerge.shown import Displayed
 
 if TYPE_CHECKING:
     import torch
@@ -77,13 +78,19 @@ class ModelMergerConfig:
         return {**{name: getattr(self, name) for name in named}, **self.options}
 
 
-class BaseModelMerger:
-    """A merger of one checkpoint, of whatever layout. Nothing is read before a method is called."""
+class BaseModelMerger(Displayed):
+    """A merger of one checkpoint, of whatever layout. Nothing is read before a method is called.
+
+    checkpoint, plan_made, report: what `open`, `plan` and a merge gave last, for its display; None before.
+    """
 
     backend: ClassVar[str] = "auto"
 
     def __init__(self, config: ModelMergerConfig) -> None:
         self.config = config
+        self.checkpoint: Checkpoint | None = None
+        self.plan_made: MergePlan | None = None
+        self.report: MergeReport | None = None
 
     @property
     def local_dir(self) -> Path:
@@ -124,11 +131,13 @@ class BaseModelMerger:
         asked = given.pop("backend")
         if self.backend != "auto" and asked not in ("auto", self.backend):
             raise OptionError(f"backend={asked!r} for {type(self).__name__}", fix=f"backend={self.backend!r}, or auto")
-        return open_checkpoint(self.local_dir, asked if self.backend == "auto" else self.backend, **given)
+        self.checkpoint = open_checkpoint(self.local_dir, asked if self.backend == "auto" else self.backend, **given)
+        return self.checkpoint
 
     def plan(self) -> MergePlan:
         """What would be written."""
-        return plan_merge(self.open(), **self._plan_keywords())
+        self.plan_made = plan_merge(self.open(), **self._plan_keywords())
+        return self.plan_made
 
     def merge_and_save(self) -> MergeReport:
         """Merges into target_dir; for `test`, compares as verl does, and raises VerificationError on a difference."""
@@ -184,13 +193,14 @@ class BaseModelMerger:
         repo_id = self.config.hf_upload_path if self.config.hf_upload else None
         refuse_hopeless_upload(repo_id, private=self.config.private)
         report = self._carried_out(plan)
-        if not self.config.hf_upload or report.target is None:
-            return report
-        return replace(report, pushed=self.upload_to_huggingface())
+        if self.config.hf_upload and report.target is not None:
+            self.report = report = replace(report, pushed=self.upload_to_huggingface())
+        return report
 
     def _carried_out(self, plan: MergePlan) -> MergeReport:
         asked = {name: bool(self.config.options.get(name)) for name in ("overwrite", "dry_run")}
-        return carry_out(plan, self.config.target_dir, **asked)
+        self.report = carry_out(plan, self.config.target_dir, **asked)
+        return self.report
 
 
 class FSDPModelMerger(BaseModelMerger):

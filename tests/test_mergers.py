@@ -173,3 +173,14 @@ def test_an_adapter_is_saved_from_tensors_in_memory(ckpt: Path, tmp_path: Path):
 def test_a_config_without_a_checkpoint_or_of_another_operation_is_told():
     assert_says(refusal(OptionError, ModelMergerConfig), "there is no checkpoint", "local_dir=")
     assert_says(refusal(OptionError, ModelMergerConfig, operation="fold", local_dir="x"), "operation='fold'")
+
+
+def test_a_merger_shows_its_configuration_and_how_far_it_has_come(ckpt: Path, tmp_path: Path):
+    made = merger(ckpt, tmp_path / "out", options={"dtype": "bfloat16"})
+    assert "nothing has been read yet" in repr(made) and "dtype        bfloat16" in repr(made)
+    made.open()
+    assert "; opened" in repr(made) and "Shard layout" in repr(made)
+    made.plan()
+    assert "; planned" in repr(made) and "will write" in repr(made)
+    made.merge_and_save()
+    assert "; done" in repr(made) and "nbmerge.validate(merger.report)" in made._repr_html_()

@@ -11,6 +11,7 @@ from nbmerge.display.diff_views import diff_view, tensor_diff_view
 from nbmerge.display.explanation_views import explanation_view, location_view
 from nbmerge.display.fit import fit
 from nbmerge.display.merge_views import plan_view, report_view
+from nbmerge.display.merger_views import merger_view
 from nbmerge.display.model import View
 from nbmerge.display.push_views import push_view
 from nbmerge.display.run_views import run_view
@@ -21,6 +22,7 @@ from nbmerge.explaining.explanation import Explanation
 from nbmerge.export.hub import PushReport
 from nbmerge.layout import Checkpoint, LazyTensor
 from nbmerge.loaders.base import Loader
+from nbmerge.mergers import BaseModelMerger
 from nbmerge.plan import MergePlan
 from nbmerge.report import MergeReport
 from nbmerge.runs import Run
@@ -49,6 +51,7 @@ _view_of.register(TensorStats, stats_view)
 _view_of.register(Loader, loader_view)
 _view_of.register(MergePlan, plan_view)
 _view_of.register(MergeReport, report_view)
+_view_of.register(BaseModelMerger, merger_view)
 _view_of.register(ValidationReport, validation_view)
 _view_of.register(Validator, validator_view)
 _view_of.register(Explanation, explanation_view)
