@@ -18,6 +18,7 @@ from nbmerge import (
     PlanError,
     VerificationError,
 )
+from nbmerge.display.model import Fact
 from tests.support.adapters import adapted
 from tests.support.messages import assert_says, refusal
 from tests.support.models import memory_state, save_tiny_model, write_config, write_model_world
@@ -177,10 +178,13 @@ def test_a_config_without_a_checkpoint_or_of_another_operation_is_told():
 
 def test_a_merger_shows_its_configuration_and_how_far_it_has_come(ckpt: Path, tmp_path: Path):
     made = merger(ckpt, tmp_path / "out", options={"dtype": "bfloat16"})
-    assert "nothing has been read yet" in repr(made) and "dtype        bfloat16" in repr(made)
+    assert made.view().sentence.endswith("nothing has been read yet")
+    assert Fact("dtype", "bfloat16", code=True) in made.view().sections[0].facts
     made.open()
-    assert "; opened" in repr(made) and "Shard layout" in repr(made)
+    assert made.view().sentence.endswith("opened")
+    assert [section.title for section in made.view().sections] == ["Configuration", "Shard layout", "Shard map"]
     made.plan()
-    assert "; planned" in repr(made) and "will write" in repr(made)
+    assert made.view().sentence.endswith("planned") and "will write" in repr(made)
     made.merge_and_save()
-    assert "; done" in repr(made) and "nbmerge.validate(merger.report)" in made._repr_html_()
+    assert made.view().sentence.endswith("done")
+    assert "nbmerge.validate(merger.report)" in str(made._repr_html_())
