@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from nbmerge.magics.commands import MAGICS, OBJECTS, Magic
-from nbmerge.magics.completion import complete_line
+from nbmerge.magics.completion import Completions, complete_line, complete_option
 
 if TYPE_CHECKING:
     from IPython.core.completer import CompletionContext
@@ -23,7 +23,7 @@ def register(shell: InteractiveShell) -> None:
 
     for magic in MAGICS.values():
         function = no_var_expand(needs_local_scope(_function(magic, shell)))
-        shell.register_magic_function(function, "line", magic.name)
+        shell.register_magic_function(function, "line_cell", magic.name)
     shell.register_magic_function(_overview, "line", "nbmerge")
     matcher = context_matcher(identifier=_MATCHER)(_matcher(shell))
     others = [one for one in shell.Completer.custom_matchers if getattr(one, "matcher_identifier", "") != _MATCHER]
@@ -31,8 +31,8 @@ def register(shell: InteractiveShell) -> None:
 
 
 def _function(magic: Magic, shell: InteractiveShell) -> Callable[..., object]:
-    def function(line: str, local_ns: Mapping[str, Any] | None = None) -> object:
-        return magic.run(line, {**shell.user_ns, **(local_ns or {})})
+    def function(line: str, cell: str = "", local_ns: Mapping[str, Any] | None = None) -> object:
+        return magic.run(line, {**shell.user_ns, **(local_ns or {})}, cell)
 
     function.__name__ = function.__qualname__ = magic.name
     function.__doc__ = magic.help
@@ -47,6 +47,7 @@ def _overview(line: str) -> None:
     print(f"%NAME --help lists the options of a magic.\n{OBJECTS}")
 
 
+_CELL = re.compile(rf"%%({'|'.join(MAGICS)})(?!\w)")
 _CALL = re.compile(rf"(?:^\s*|%)({'|'.join(MAGICS)})(?=\s)")
 
 
@@ -56,11 +57,9 @@ def _matcher(shell: InteractiveShell) -> Callable[[CompletionContext], dict[str,
     def complete(context: CompletionContext) -> dict[str, Any]:
         from IPython.core.completer import SimpleCompletion
 
-        text = _logical_line(context)
-        call = _CALL.search(text)
-        if call is None:
+        found = _completed(context, shell)
+        if found is None:
             return {"completions": [], "suppress": False}
-        found = complete_line(text[call.end() :].lstrip(), MAGICS[call[1]].actions, shell.user_ns)
         return {
             "completions": [SimpleCompletion(text=one, type=found.kind) for one in found.texts],
             "matched_fragment": found.fragment,
@@ -69,6 +68,17 @@ def _matcher(shell: InteractiveShell) -> Callable[[CompletionContext], dict[str,
         }
 
     return complete
+
+
+def _completed(context: CompletionContext, shell: InteractiveShell) -> Completions | None:
+    """What could follow the cursor in one of the magics, on its line or in the body of its cell."""
+    text = _logical_line(context)
+    if call := _CALL.search(text):
+        return complete_line(text[call.end() :].lstrip(), MAGICS[call[1]].actions, shell.user_ns)
+    cell = _CELL.match(context.full_text)
+    if cell is None or context.cursor_line == 0:
+        return None
+    return complete_option(text.lstrip(), MAGICS[cell[1]].actions, shell.user_ns)
 
 
 def _logical_line(context: CompletionContext) -> str:

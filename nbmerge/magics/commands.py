@@ -21,12 +21,13 @@ from nbmerge.runs import Run, inspect
 
 OBJECTS = """\
 $name and {expression} stand for objects of the notebook: a path, an opened checkpoint, a plan, a value.
-Options may be spelled with - or _. Quotes keep spaces; # begins a comment; Tab completes."""
+Options may be spelled with - or _. Quotes keep spaces; # begins a comment; Tab completes.
+%%NAME at the top of a cell takes further options from the lines below, one on each: dtype = bfloat16"""
 
 
 @dataclass(frozen=True)
 class Magic:
-    """A line magic. parsers: of its line; a second one takes `--local_dir PATH` in place of PATH."""
+    """A magic, of a line or of a cell. parsers: of its line; a second one takes `--local_dir PATH` in place of PATH."""
 
     name: str
     summary: str
@@ -44,9 +45,9 @@ class Magic:
         """All options."""
         return [action for parser in self.parsers for action in parser.actions]
 
-    def run(self, text: str, names: Mapping[str, Any]) -> object:
-        """What the line makes. names: the variables of the notebook. Raises NbmergeError."""
-        line = split_line(text, names)
+    def run(self, text: str, names: Mapping[str, Any], body: str = "") -> object:
+        """What the line makes. names: the variables of the notebook; body: of its cell. Raises NbmergeError."""
+        line = split_line(text, names, body)
         flags = {word.partition("=")[0].replace("-", "_") for word in line.words if word.startswith("--")}
         parser = self.parsers[-1 if "__local_dir" in flags else 0]
         try:

@@ -53,6 +53,18 @@ def complete_line(text: str, actions: Iterable[argparse.Action], names: Mapping[
     return _values(typed.word, None, names)
 
 
+def complete_option(text: str, actions: Iterable[argparse.Action], names: Mapping[str, Any]) -> Completions:
+    """What can follow `text`, the part before the cursor of a line of a cell's body: an option and its value."""
+    if text.startswith("-"):
+        return complete_line(text, actions, names)
+    name, space, rest = text.partition(" ")
+    rest = rest.lstrip()
+    found = complete_line(f"--{name} {rest.removeprefix('=').lstrip()}" if space else f"--{name}", actions, names)
+    if space:
+        return found
+    return Completions(found.fragment[2:], tuple(one.removeprefix("--") for one in found.texts), found.kind)
+
+
 def _typed(text: str) -> _Typed:
     words: list[str] = []
     start, quote, depth, at = -1, "", 0, 0

@@ -11,7 +11,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -139,14 +139,28 @@ class _Reader:
             self._append(rest)
 
 
-def split_line(text: str, names: Mapping[str, Any]) -> Line:
-    """The words of a magic's line. names: those of the notebook.
+def split_line(text: str, names: Mapping[str, Any], body: str = "") -> Line:
+    """The words of a magic's line. names: those of the notebook; body: the rest of its cell, an option on each line.
 
     Single quotes keep everything as it is; double quotes keep spaces; a backslash keeps one character. A `;` at
-    the end, which in a notebook silences a line, is no part of it.
+    the end, which in a notebook silences a line, is no part of it. In the body an option may be written as on the
+    line, or as `name value`, `name = value` or `name`.
     Raises OptionError for a name that does not exist, an expression that fails, and a quote without its end.
     """
-    return _Reader(text.replace(_MARK, "").rstrip().removesuffix(";"), names).read()
+    words: list[str] = []
+    objects: list[object] = []
+    for number, line in enumerate([text, *body.splitlines()]):
+        found = _Reader(line.replace(_MARK, "").rstrip().removesuffix(";"), names, objects=objects).read().words
+        words += found if number == 0 else _as_option(found)
+    return Line(tuple(words), tuple(objects))
+
+
+def _as_option(words: Sequence[str]) -> list[str]:
+    """The words of a line of a cell's body as an option: `dtype = bfloat16` → `--dtype bfloat16`."""
+    if not words or words[0].startswith("-"):
+        return list(words)
+    name, *values = words
+    return [f"--{name}", *(values[1:] if values[:1] == ["="] else values)]
 
 
 def _unclosed(quote: str, where: str) -> OptionError:

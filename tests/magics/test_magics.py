@@ -209,3 +209,36 @@ def test_a_kernel_sends_the_short_error_and_both_forms_of_a_display(checkpoint_d
     assert shown["text/plain"].startswith("Checkpoint: FSDP") and '<div class="nbm"' in shown["text/html"]
     assert failed.ename == "NotACheckpointError"
     assert len(failed.traceback) <= 12 and failed.traceback[-1].startswith("  fix:")
+
+
+def test_a_cell_takes_options_from_its_lines(shell: InteractiveShell, checkpoint_dir: Path) -> None:
+    shell.user_ns.update(ckpt=nbmerge.open_checkpoint(checkpoint_dir), out="merged here")
+    body = [
+        "target_dir = $out  # as an object",
+        "",
+        "# a comment",
+        "--dtype float16",
+        "overwrite",
+        "max-shard-size=1MB",
+    ]
+    report = _run(shell, "\n".join(["%%merge_ckpt $ckpt", *body]))
+    assert isinstance(report, nbmerge.MergeReport)
+    options = report.plan.options
+    assert (options.dtype, options.max_shard_size) == ("float16", "1MB")
+    assert report.target is not None and report.target.name == "merged here"
+    assert isinstance(_run(shell, f"%%merge_ckpt\nlocal_dir '{checkpoint_dir}'\ndry_run"), nbmerge.MergeReport)
+
+
+def test_a_mistake_in_a_cells_body_is_an_error(shell: InteractiveShell, checkpoint_dir: Path) -> None:
+    with pytest.raises(nbmerge.OptionError, match="--dtpye"):
+        _run(shell, f"%%merge_ckpt '{checkpoint_dir}'\ntarget_dir = out\ndtpye = float16")
+    assert not Path("out").exists()
+
+
+def test_options_are_completed_in_a_cells_body(shell: InteractiveShell) -> None:
+    cell = "%%merge_ckpt somewhere\n"
+    assert f"{cell}max_shard_size" in _completions(shell, f"{cell}max")
+    assert f"{cell}--max_shard_size" in _completions(shell, f"{cell}--max")
+    assert f"{cell}dtype = bfloat16" in _completions(shell, f"{cell}dtype = bf")
+    assert f"{cell}backend megatron" in _completions(shell, f"{cell}backend meg")
+    assert "print(1)\nmax_shard_size" not in _completions(shell, "print(1)\nmax")
