@@ -1,11 +1,15 @@
-"""The one link between the objects of the engine and their displays: a mixin that imports display when asked."""
+"""The one link between the objects of the engine and their displays: mixins that import display when asked."""
 
 from __future__ import annotations
 
 import logging
 from typing import TYPE_CHECKING
 
+from nbmerge.errors import NotSupportedError
+
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from nbmerge.display.model import View
 
 _log = logging.getLogger(__name__)
@@ -42,3 +46,21 @@ class Displayed:
         except Exception:  # noqa: BLE001 - IPython then shows the text
             _log.debug("the HTML of %s failed", type(self).__name__, exc_info=True)
             return None
+
+
+class Plotted:
+    """Gives `plot()` to a class that `nbmerge.display.figures` knows."""
+
+    __slots__ = ()
+
+    def plot(self, kind: str | None = None, *, theme: str | None = None) -> Figure:
+        """A matplotlib figure of the object, for those who would rather look than read. Reads no tensor data.
+
+        kind: one of the figures that the class has, the first by default; theme: `light` or `dark`; None draws with
+        matplotlib's own settings. Raises OptionError, and NotSupportedError where matplotlib is not installed.
+        """
+        try:
+            from nbmerge.display.figures import figure_of
+        except ModuleNotFoundError as error:
+            raise NotSupportedError("figures need matplotlib", fix="pip install matplotlib") from error
+        return figure_of(self, kind, theme=theme)

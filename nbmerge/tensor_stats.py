@@ -18,11 +18,11 @@ from nbmerge.engine.scan import Walk, scan
 from nbmerge.errors import OptionError
 from nbmerge.expressions import Expr
 from nbmerge.geometry import Box, Shape
-from nbmerge.shown import Displayed
+from nbmerge.shown import Displayed, Plotted
 
 
 @dataclass(frozen=True, repr=False)
-class TensorStats(Displayed):
+class TensorStats(Displayed, Plotted):
     """What the elements of a tensor are.
 
     elements: that were looked at; nan, infinity, zero, negative: how many of them are; least, greatest: None where no

@@ -12,14 +12,14 @@ from nbmerge.comparing.rolling import Place, place_of, rolled
 from nbmerge.comparing.statistics import Statistics, combined
 from nbmerge.dtypes import DType
 from nbmerge.geometry import Shape, unravel
-from nbmerge.shown import Displayed
+from nbmerge.shown import Displayed, Plotted
 
 if TYPE_CHECKING:
     import pandas as pd
 
 
 @dataclass(frozen=True, repr=False)
-class TensorDiff(Displayed):
+class TensorDiff(Displayed, Plotted):
     """How one tensor changed from A to B.
 
     shape: of what was compared; dtype_a, dtype_b: as stored; compared_as: the wider of the two; note: the rule that
@@ -75,7 +75,7 @@ class Looked:
 
 
 @dataclass(frozen=True, repr=False)
-class ModelDiff(Displayed):
+class ModelDiff(Displayed, Plotted):
     """How a model changed from A to B.
 
     a, b: what was compared, as the user named it; tensors: what was compared, by published name; unmatched: tensors,

@@ -12,7 +12,7 @@ from nbmerge.comparing.model_diff import ModelDiff
 from nbmerge.comparing.sentence import percent
 from nbmerge.comparing.statistics import quotient
 from nbmerge.errors import plural
-from nbmerge.shown import Displayed
+from nbmerge.shown import Displayed, Plotted
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -69,7 +69,7 @@ class Step:
 
 
 @dataclass(frozen=True, repr=False)
-class Trajectory(Displayed):
+class Trajectory(Displayed, Plotted):
     """The steps of a run. start: the label of the first checkpoint; steps: one for every further one."""
 
     start: str

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import PurePath
 
 from nbmerge.comparing.rolling import kind_order
 from nbmerge.comparing.sentence import percent
@@ -34,7 +33,7 @@ def trajectory_view(trajectory: Trajectory) -> View:
 def _step_alerts(trajectory: Trajectory) -> Iterator[Alert]:
     for step in trajectory.steps:
         for alert in diff_alerts(step.diff):
-            yield Alert(alert.kind, f"to {_label(step.label)}: {alert.what}", alert.details)
+            yield Alert(alert.kind, f"to {words.path_label(step.label)}: {alert.what}", alert.details)
 
 
 def _trajectory_facts(trajectory: Trajectory) -> Iterator[Fact]:
@@ -62,20 +61,13 @@ def _step_row(step: Step, top: float) -> tuple[Cell, ...]:
     found = step.diff.statistics
     norm = found.relative_l2 or 0.0
     return (
-        Cell(_label(step.label)),
+        Cell(words.path_label(step.label)),
         share_cell(found),
         Cell(number(found.relative_l2), bar=norm / top if top else 0.0),
         Cell("·" if step.cosine is None else f"{step.cosine:+.3f}"),
         Cell(f"{found.flips:,}"),
         Cell(magnitude_line(found.magnitudes)),
     )
-
-
-def _label(label: str) -> str:
-    """The last part of a path, and the one before where that is `actor` or the like."""
-    parts = PurePath(label).parts
-    keep = 1 if parts and any(char.isdigit() for char in parts[-1]) else 2
-    return words.elide("/".join(parts[-keep:]))
 
 
 def _kinds_along(trajectory: Trajectory) -> Section:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import PurePath
 
 from nbmerge.errors import plural
 
@@ -79,6 +80,13 @@ def elide(text: str, limit: int = NAME_LIMIT) -> str:
         return shown
     tail = limit // 2
     return f"{shown[: limit - tail - 1]}…{shown[-tail:]}"
+
+
+def path_label(path: str) -> str:
+    """The last part of a path, and the one before where that has no number: `actor` or the like."""
+    parts = PurePath(path).parts
+    keep = 1 if parts and any(char.isdigit() for char in parts[-1]) else 2
+    return elide("/".join(parts[-keep:]))
 
 
 def value_in_words(value: object) -> str:
