@@ -17,16 +17,14 @@ from nbmerge.errors import Problem, plural
 from nbmerge.expressions import Cast, Compute, Expr, Paste, Stored
 from nbmerge.layout import Checkpoint, SourceFile
 from nbmerge.loaders.hf import stored_tensors
+from nbmerge.naming.adapted import outputs_with_adapter
 from nbmerge.naming.facts import ModelFacts
 from nbmerge.naming.lora.facts import ADAPTER_DIRECTORY
 from nbmerge.naming.lora.fold import dtype_before_fold, is_folded
-from nbmerge.naming.lora.refusals import no_adapter
-from nbmerge.naming.lora.separate import Separated, separated
-from nbmerge.naming.megatron.advice import adapters
+from nbmerge.naming.lora.separate import Separated
 from nbmerge.naming.model import HFModel
 from nbmerge.naming.notes import Filled
-from nbmerge.naming.outputs import outputs_of
-from nbmerge.naming.published import Base, Named
+from nbmerge.naming.published import Base
 from nbmerge.naming.versions import of_later_transformers
 from nbmerge.options import MergeOptions, expanded_path, parse_size
 from nbmerge.plan import CastNote, Execution, MergePlan, OutputFile, SideFile
@@ -43,24 +41,8 @@ def make_plan(checkpoint: Checkpoint, model: HFModel, options: MergeOptions) -> 
     Raises ConfigError where no model can be made of the config, NotACheckpointError for a base model without weights.
     """
     facts = model.facts
-    exprs = {name: tensor.expr for name, tensor in checkpoint.tensors.items()}
-    recorded_ranks = None if checkpoint.overrides else checkpoint.world_size
     base = _base_of(options)
-    lora = _lora(exprs, checkpoint, facts, options, base)
-    if lora is not None:
-        exprs = dict(lora.model)
-    named = Named({}, {}, options.dialect)
-    if lora is None or (options.lora != "adapter" and not lora.problems):
-        named = outputs_of(
-            exprs,
-            checkpoint.names,
-            facts,
-            options.dialect,
-            base,
-            recorded_ranks,
-            checkpoint.stated,
-            checkpoint.absence,
-        )
+    named, lora = outputs_with_adapter(checkpoint, facts, options, base)
     outputs, casts = _cast(named.outputs, facts, options)
     adapter_files, adapter_casts = _adapter_files(lora, facts, options)
     unsafe = _unsafe_names(outputs)
@@ -87,7 +69,7 @@ def make_plan(checkpoint: Checkpoint, model: HFModel, options: MergeOptions) -> 
         lora=lora.facts if lora else None, adapter_files=adapter_files,
         problems=(
             *checkpoint.problems, *(lora.problems if lora else ()),
-            *of_later_transformers(model.config, exprs, named.problems), *named.problems, *unsafe.values(),
+            *of_later_transformers(model.config, checkpoint.tensors, named.problems), *named.problems, *unsafe.values(),
             *beside.problems, *unequal,
         ),
         mismatches=named.mismatches, diagnosis=named.diagnosis,
@@ -111,19 +93,6 @@ def _base_of(options: MergeOptions) -> Base | None:
         return None
     directory = expanded_path(options.base_model)
     return Base(str(directory), stored_tensors(directory, "--base_model DIR", trust_pickle=options.trust_pickle))
-
-
-def _lora(
-    tensors: Mapping[str, Expr], checkpoint: Checkpoint, facts: ModelFacts, options: MergeOptions, base: Base | None
-) -> Separated | None:
-    """What is done with an adapter; None where nothing was asked for, or the framework's naming refuses it."""
-    if options.lora is None:
-        return None
-    if checkpoint.names == "transformers":
-        return separated(tensors, checkpoint, facts, options, base)
-    if adapters(tensors):
-        return None
-    return Separated(tensors, problems=(no_adapter(options.lora),))
 
 
 def _adapter_files(

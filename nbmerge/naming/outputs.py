@@ -11,7 +11,8 @@ from nbmerge.explaining.diagnosis import Diagnosis, known_of
 from nbmerge.expressions import Expr
 from nbmerge.layout import Absence, Stated
 from nbmerge.naming.facts import ModelFacts
-from nbmerge.naming.megatron import absences, advice
+from nbmerge.naming.megatron import absences
+from nbmerge.naming.megatron.adapters import is_adapter
 from nbmerge.naming.megatron.heads import fill_bias, mistaken_head
 from nbmerge.naming.megatron.prediction import unfinished
 from nbmerge.naming.megatron.rename import Renamed, rename, sizes_of
@@ -53,12 +54,8 @@ def _from_megatron(
     ranks: int | None,
     stated: Stated,
 ) -> Named:
-    if adapters := advice.adapters(tensors):
-        return refused_adapters(
-            adapters,
-            "Megatron names and cuts its adapters in its own way, which this version does not read",
-            "fold the adapter in the training job, before it saves",
-        )
+    if adapters := [name for name in tensors if is_adapter(name)]:
+        return refused_adapters(adapters)
     work = rename(tensors, facts)
     if work.family is None:
         return Named({}, {}, HUB, problems=tuple(work.problems))

@@ -158,14 +158,14 @@ WHAT_TO_DO_WITH_LORA = (
 )
 
 
-def refused_adapters(
-    names: Sequence[str],
-    why: str = "the adapter and the model can be written in three ways, and nothing says which",
-    fix: str = WHAT_TO_DO_WITH_LORA,
-    problems: Sequence[Problem] = (),
-) -> Named:
+def refused_adapters(names: Sequence[str], problems: Sequence[Problem] = ()) -> Named:
     """Nothing but the problem that the checkpoint holds LoRA tensors."""
-    problem = Problem(f"the checkpoint holds LoRA tensors, {names[0]} for one", why=why, fix=fix, kind="unsupported")
+    problem = Problem(
+        f"the checkpoint holds LoRA tensors, {names[0]} for one",
+        why="the adapter and the model can be written in three ways, and nothing says which",
+        fix=WHAT_TO_DO_WITH_LORA,
+        kind="unsupported",
+    )
     return Named({}, {}, HUB, problems=(*problems, problem))
 
 

@@ -1,7 +1,8 @@
 """Checkpoints of Megatron-LM and megatron-core, and of the frameworks that train with them (verl, NeMo).
 
-Each on-disk form has a reader: `dist` (torch_dist, Megatron-FSDP), `zarr`, `ranks` (mp_rank_*). All give tensors
-under Megatron's own names with layer and expert numbers of the whole model; `naming/megatron` takes it from there.
+Each on-disk form has a reader: `dist` (torch_dist, Megatron-FSDP), `zarr`, `ranks` (mp_rank_*), `adapters`. All give
+tensors under Megatron's own names with layer and expert numbers of the whole model; `naming/megatron` takes it from
+there.
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ from nbmerge.errors import CheckpointError, IncompleteCheckpointError, OptionErr
 from nbmerge.json_files import json_object
 from nbmerge.layout import Checkpoint
 from nbmerge.loaders.base import Loader, OpenOptions
+from nbmerge.loaders.megatron.adapters import open_adapter_files
 from nbmerge.loaders.megatron.contents import Contents
-from nbmerge.loaders.megatron.directories import Place, find
+from nbmerge.loaders.megatron.directories import Place, adapters, find
 from nbmerge.loaders.megatron.dist import open_torch_dist
 from nbmerge.loaders.megatron.ranks import open_rank_files
 from nbmerge.loaders.megatron.recorded import beside_weights
@@ -51,6 +53,8 @@ class MegatronLoader(Loader):
             raise _already_converted(place, "ckpt_contents.json says so")
         config_dir = options.config_dir or place.config_dir
         contents = _read(place, options, config_dir)
+        if not contents.tensors and (beside := adapters(directory.absolute())):  # verl leaves the model out then
+            place, contents = beside, _read(beside, options, config_dir)
         if not contents.tensors:
             raise _without_weights(place)
         return Checkpoint(
@@ -71,6 +75,8 @@ class MegatronLoader(Loader):
 
 
 def _read(place: Place, options: OpenOptions, config_dir: Path | None) -> Contents:
+    if place.kind == "adapters":
+        return open_adapter_files(place.weights, options, json_object(config_dir / "config.json") if config_dir else {})
     if place.kind == "ranks":
         config = json_object(config_dir / "config.json") if config_dir else None
         contents = open_rank_files(place.weights, options, config)

@@ -5,6 +5,7 @@ verl:         dist_ckpt/, huggingface/ (0.5 to 0.8); model/dist_ckpt/, model/hug
 Megatron-LM:  latest_checkpointed_iteration.txt, iter_NNNNNNN/ with .metadata or mp_rank_*/model_optim_rng.pt
 NeMo 2:       weights/, context/
 alone:        a dist_ckpt directory, an iteration's directory
+adapters:     verl's adapter_checkpoint/mp_rank_*_adapter.pt, where nothing else holds the model
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from nbmerge.errors import CheckpointError, IncompleteCheckpointError, listing
 from nbmerge.json_files import json_object
 from nbmerge.layout import Stated
 from nbmerge.loaders.dcp.metadata import METADATA
-from nbmerge.loaders.megatron.files import WEIGHTS
+from nbmerge.loaders.megatron.files import ADAPTER_FILE, ADAPTER_FILES, WEIGHTS
 
 TRACKER = "latest_checkpointed_iteration.txt"
 _ITERATION = re.compile(r"iter_\d{7,}|release")
@@ -32,8 +33,8 @@ _WORDS = (b"decoder.layers.", b"decoder.final_layernorm.", b"decoder.final_norm.
 class Place:
     """Where a checkpoint's parts are.
 
-    kind: `torch_dist`, `zarr`, `ranks`, or `huggingface` where the weights need no merge; weights: the directory
-    that holds them; config_dir: where config.json is, if anywhere; root: the directory that was asked for.
+    kind: `torch_dist`, `zarr`, `ranks`, `adapters`, or `huggingface` where the weights need no merge; weights: the
+    directory that holds them; config_dir: where config.json is, if anywhere; root: the directory that was asked for.
     """
 
     kind: str
@@ -72,7 +73,17 @@ def find(directory: Path) -> Place | None:
             kind, evidence = found
             evidence = f"{inside}/{evidence}" if inside else evidence
             return Place(kind, folder, directory, _config_of(folder, directory), (evidence,))
-    return _tracked(directory)
+    return _tracked(directory) or adapters(directory)
+
+
+def adapters(directory: Path) -> Place | None:
+    """verl's files of adapters, in the directory or in its adapter_checkpoint/."""
+    for inside in ("", "adapter_checkpoint"):
+        folder = directory / inside
+        if count := sum(ADAPTER_FILE.fullmatch(child.name) is not None for child in _children(folder)):
+            evidence = f"{inside}/{count} × {ADAPTER_FILES}" if inside else f"{count} × {ADAPTER_FILES}"
+            return Place("adapters", folder, directory, _config_of(folder, directory), (evidence,))
+    return None
 
 
 def _kind(folder: Path, *, known: bool) -> tuple[str, str] | None:

@@ -16,6 +16,7 @@ from nbmerge.loaders.assemble import paste
 from nbmerge.loaders.base import OpenOptions
 from nbmerge.loaders.dcp.metadata import METADATA, read_index
 from nbmerge.loaders.dcp.storage import locate, rank_of
+from nbmerge.loaders.megatron.adapter_forms import in_order
 from nbmerge.loaders.megatron.contents import Contents
 from nbmerge.loaders.megatron.recorded import NOTHING, Recorded, in_index
 from nbmerge.loaders.megatron.sizes import ParallelSizes
@@ -48,7 +49,8 @@ def open_torch_dist(directory: Path, options: OpenOptions, recorded: Recorded = 
     problems: list[Problem] = []
     for name, entry in entries.items():
         axes = sizes.axes_of(name, (chunk.box for chunk in entry.chunks))
-        made = paste(name, entry.shape, located.pop(name), axes)
+        held = in_order(name, located.pop(name), entry.shape)
+        made = held if isinstance(held, Problem) else paste(name, entry.shape, held, axes)
         if isinstance(made, Problem):
             problems.append(made)
         else:

@@ -19,6 +19,8 @@ from nbmerge.layout import SourceFile
 # mp_rank_TT, then _PPP where there are pipeline stages and _EEE where there are expert parallel ranks
 # (megatron/training/checkpointing.py, get_checkpoint_name).
 _FOLDER = re.compile(r"mp_rank_(\d{2,})(?:_(\d{3,}))?(?:_(\d{3,}))?")
+ADAPTER_FILE = re.compile(_FOLDER.pattern + r"_adapter\.pt")  # verl's, of Megatron-Bridge's adapters
+ADAPTER_FILES = "mp_rank_*_adapter.pt"
 WEIGHTS = ("model_optim_rng.pt", "model_rng.pt", "model.pt")
 
 COPY_AGAIN = "copy the files of all ranks again from one save"
@@ -50,6 +52,18 @@ class RankFiles:
             )
         _check_names(directory, weights)
         return RankFiles(directory, weights, _left_alone(directory, folders.values(), set(weights.values())))
+
+    @staticmethod
+    def scan_adapters(directory: Path) -> RankFiles:
+        """verl's files of adapters. Raises where there is none, or where their names are of two kinds."""
+        weights: dict[Numbers, Path] = {}
+        for child in sorted(directory.iterdir()):
+            if match := ADAPTER_FILE.fullmatch(child.name):
+                weights[tuple(int(number) for number in match.groups() if number is not None)] = child
+        if not weights:
+            raise NotACheckpointError("there are no files mp_rank_*_adapter.pt", where=str(directory))
+        _check_names(directory, {numbers: Path(path.name, ADAPTER_FILES) for numbers, path in weights.items()})
+        return RankFiles(directory, dict(sorted(weights.items())), ())
 
     @property
     def sources(self) -> tuple[SourceFile, ...]:

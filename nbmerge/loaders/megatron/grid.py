@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -50,12 +50,18 @@ class Grid:
     notes: tuple[str, ...] = ()
 
     @staticmethod
-    def of(found: RankFiles, models: Mapping[Numbers, Sequence[Mapping[str, Any]]], settings: Settings) -> Grid:
+    def of(
+        found: RankFiles,
+        models: Mapping[Numbers, Sequence[Mapping[str, Any]]],
+        settings: Settings,
+        ends_model: Callable[[Sequence[Mapping[str, Any]]], bool] | None = None,
+    ) -> Grid:
         """Raises IncompleteCheckpointError for missing files, InconsistentCheckpointError where arguments contradict.
 
-        models: of each file the state dicts of its virtual pipeline stages.
+        models: of each file the state dicts of its virtual pipeline stages; ends_model: whether those of one file
+        reach to the model's end, where the final norm does not say it.
         """
-        axes, notes = _axes(found, models, settings)
+        axes, notes = _axes(found, models, settings, ends_model or _ends_model)
         places = {numbers: _place(numbers, axes) for numbers in found.weights}
         files = {place: found.weights[numbers] for numbers, place in places.items()}
         sizes = {axis: _size(axis, axes, places.values(), found, settings) for axis in At._fields}
@@ -67,7 +73,8 @@ class Grid:
             )
         grid = Grid(dict(sorted(files.items())), places, **sizes, notes=notes)
         grid._refuse_missing(axes, found.directory, settings.argument("expert_tensor_parallel_size"))
-        if not settings.arguments and len(axes) > 1 and not any(_ends_model(chunks) for chunks in models.values()):
+        lacks_end = ends_model is None and not any(_ends_model(chunks) for chunks in models.values())
+        if not settings.arguments and len(axes) > 1 and lacks_end:
             raise IncompleteCheckpointError(
                 "the last pipeline stage is missing: no file has decoder.final_layernorm.weight",
                 where=f"{found.directory}: {plural(grid.pp, 'stage')} found", fix=_COPY,
@@ -124,7 +131,10 @@ class Grid:
 
 
 def _axes(
-    found: RankFiles, models: Mapping[Numbers, Sequence[Mapping[str, Any]]], settings: Settings
+    found: RankFiles,
+    models: Mapping[Numbers, Sequence[Mapping[str, Any]]],
+    settings: Settings,
+    ends_model: Callable[[Sequence[Mapping[str, Any]]], bool],
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """What the numbers in the names count, and a note where that was not said but found out."""
     count = len(next(iter(found.weights)))
@@ -141,10 +151,9 @@ def _axes(
             why="a number is written for each of the two that is over 1",
             fix="the folders were renamed, or files of two runs were mixed: copy them again",
         )
-    whole = any(_ends_model(chunks) for numbers, chunks in models.items() if numbers[1] == 0)
-    if whole:
-        return ("tp", "ep"), ("mp_rank_TT_NNN: NNN taken as expert parallel rank, as 000 already has the final norm",)
-    return ("tp", "pp"), ("mp_rank_TT_NNN: NNN taken as pipeline stage, as 000 has no final norm",)
+    if any(ends_model(chunks) for numbers, chunks in models.items() if numbers[1] == 0):
+        return ("tp", "ep"), ("mp_rank_TT_NNN: NNN taken as expert parallel rank, as 000 has the model's last layer",)
+    return ("tp", "pp"), ("mp_rank_TT_NNN: NNN taken as pipeline stage, as 000 has not the model's last layer",)
 
 
 def _ends_model(chunks: Iterable[Mapping[str, Any]]) -> bool:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from nbmerge.errors import Problem
 from nbmerge.explaining.table import likely_cause
 from nbmerge.geometry import Box, Shape, with_dim
+from nbmerge.loaders.megatron.adapter_forms import adapter_cut_dim, fused_halves
 from nbmerge.loaders.megatron.files import COPY_AGAIN
 from nbmerge.loaders.megatron.settings import Settings
 
@@ -27,6 +28,11 @@ _WHOLE_MODULES = {"position_embeddings", "rotary_pos_emb", "router"}
 _WHOLE_PARAMETERS = {"gate_weight", "layer_norm_bias", "layer_norm_weight"}
 _DIMENSIONS = {"weight": 2, "bias": 1, "softmax_offset": 1}
 _NAME = re.compile(r"((?:.*\.)?)([^.]+)\.([^.]*?)(\d*)")  # path, module, parameter, number of a grouped expert
+
+_ADAPTER = re.compile(
+    r"(?P<path>(?:.*\.)?)(?P<base>[^.]+)\.adapter\.(?P<projection>adapter_[^.]+\.)?"
+    r"(?P<part>linear_in|linear_out|weight_magnitude)(?:\.weight)?"
+)
 
 ShapeOf = Callable[[str], Shape | None]
 """The shape of another tensor on the same rank, by its name in the whole model; None where there is none."""
@@ -85,6 +91,8 @@ def tensor_cut(name: str, shape: Shape, ranks: int, shape_of: ShapeOf, settings:
         return _WHOLE
     if match is None:
         return TensorCut(None, known=False)
+    if adapter := _ADAPTER.fullmatch(name):
+        return _adapter_cut(name, adapter, shape, ranks, shape_of, settings)
     _, module, parameter, _ = match.groups()
     if parameter in _WHOLE_PARAMETERS or module in _WHOLE_MODULES or module.endswith("norm"):
         return _WHOLE
@@ -101,6 +109,28 @@ def tensor_cut(name: str, shape: Shape, ranks: int, shape_of: ShapeOf, settings:
     if module == "linear_fc1":
         return _up_projection(name, match, shape, ranks, shape_of)
     return TensorCut(0) if module in _COLUMN else TensorCut(None, known=False)
+
+
+def _adapter_cut(
+    name: str, match: re.Match[str], shape: Shape, ranks: int, shape_of: ShapeOf, settings: Settings
+) -> TensorCut | Problem:
+    """A and B of an adapter (see `adapters`); DoRA's magnitudes lie as the rows of the layer's output do."""
+    base, projection, part = match["base"], match["projection"], match["part"]
+    if part == "weight_magnitude" and base in _ROW:
+        return _WHOLE
+    if part == "linear_in" or base != "linear_fc1" or projection:
+        return TensorCut(adapter_cut_dim(base, part))
+    down = shape_of(f"{match['path']}linear_fc2.adapter.linear_in.weight")
+    halves = fused_halves(shape[0], ranks, down, settings)
+    if halves is None:
+        return Problem(
+            f"{name} has {shape[0]} rows on each of {ranks} tensor parallel ranks, which are neither once nor twice "
+            "the intermediate size",
+            why="whether gate and up projection are one tensor shows in that",
+            fix="pass the config of the model that was trained: --hf_model_config_path DIR",
+            kind="ambiguous",
+        )
+    return TensorCut(0, halves)
 
 
 def _up_projection(name: str, match: re.Match[str], shape: Shape, ranks: int, shape_of: ShapeOf) -> TensorCut | Problem:

@@ -55,6 +55,7 @@ def separated(
     places = [checkpoint.path / "lora_adapter", checkpoint.path, checkpoint.path.parent / "lora_adapter"]
     places += [checkpoint.path.parent] if checkpoint.backend == "deepspeed" else []
     places += [checkpoint.config_dir] if checkpoint.config_dir is not None else []
+    places += [file.path.parent for file in checkpoint.files[:1]]  # of an iteration, where its root was opened
     settings = read_settings([checkpoint.path, *places], options.lora_config, options.lora_alpha)
     if adapter not in parts.saved and not parts.has_base:
         parts.set_saved(adapter, settings.values.get("modules_to_save") or ())

@@ -13,6 +13,7 @@ from nbmerge.json_files import json_object
 from nbmerge.options import expanded_path
 
 ADAPTER_CONFIG, VERL_META = "adapter_config.json", "lora_train_meta.json"
+RUN_CONFIG = "run_config.yaml"  # Megatron-Bridge's, in the directory of an iteration
 ALPHA_FIX = "pass the value that training used: --lora_alpha N, or its adapter_config.json: --lora_config FILE"
 # peft's variants whose update is more than scale * B @ A, or that no merge can hold.
 _VARIANTS = (
@@ -121,6 +122,28 @@ def _beside(places: list[Path]) -> Iterator[tuple[Path, dict[str, Any]]]:
         for place in dict.fromkeys(places):
             if content := json_object(place / name):
                 yield place / name, content
+    for place in dict.fromkeys(places):
+        if content := _of_bridge(place / RUN_CONFIG):
+            yield place / RUN_CONFIG, content
+
+
+def _of_bridge(path: Path) -> dict[str, Any]:
+    """What Megatron-Bridge's run config says of its adapter, under peft's names; nothing where it cannot be read."""
+    if not path.is_file():
+        return {}
+    import yaml
+
+    try:
+        content = yaml.safe_load(path.read_text("utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}
+    said = content.get("peft") if isinstance(content, Mapping) else None
+    if not isinstance(said, Mapping):
+        return {}
+    found = {key: said.get(name) for key, name in (("lora_alpha", "alpha"), ("lora_dropout", "dropout"))}
+    if not said.get("normalize_moe_lora"):  # else experts have another rank, and the tensors say each
+        found["r"] = said.get("dim")
+    return {**found, "use_dora": str(said.get("_target_", "")).endswith(".DoRA")}
 
 
 def _contradiction(key: str, value: object, origin: str, other: object, path: Path) -> Problem:

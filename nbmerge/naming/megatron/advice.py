@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import difflib
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from nbmerge.errors import Problem, listing
 from nbmerge.expressions import Expr
@@ -14,12 +13,6 @@ from nbmerge.naming.megatron.matching import any_number, match_of, rows_of
 from nbmerge.naming.megatron.rules import Sizes
 
 _SOUGHT = 8  # strays whose nearest rule is looked for; a message shows fewer
-_ADAPTER = re.compile(r"\.(?:adapters?|lora_[ABab]|linear_in|linear_out|to_wrap)\.")
-
-
-def adapters(names: Iterable[str]) -> list[str]:
-    """The names of LoRA tensors among those of a checkpoint."""
-    return [name for name in names if _ADAPTER.search(name)]
 
 
 def strays(sources: Mapping[str, str], family: Family) -> list[Problem]:
