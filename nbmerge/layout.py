@@ -124,7 +124,7 @@ class LazyTensor(Displayed, Plotted):
 class SourceFile:
     """A file that a merge reads or leaves alone: path, size in bytes, times of its last change in ns, and what it is.
 
-    role: `weights`, `optimizer`, `extra state` or `config`.
+    role: `weights`, `index`, `optimizer`, `extra state`, `config` or `base model`.
     """
 
     path: Path
@@ -196,7 +196,8 @@ class Checkpoint(Displayed, Plotted):
     origin: for tensors that no file of `files` holds, what tells this checkpoint from another;
     opened_with: options of `open_checkpoint` that shape the tensors, where they were given;
     averaged: of an average, where each checkpoint lies that it is the mean of, with its weight;
-    absence: why tensors may be missing, where saving can leave some out.
+    absence: why tensors may be missing, where saving can leave some out;
+    whole: whether its files hold whole tensors, so that they tell nothing of ranks.
     """
 
     path: Path
@@ -218,6 +219,7 @@ class Checkpoint(Displayed, Plotted):
     averaged: tuple[tuple[str, float], ...] = ()
     problems: tuple[Problem, ...] = ()
     absence: Absence | None = None
+    whole: bool = False
 
     @property
     def nbytes(self) -> int:

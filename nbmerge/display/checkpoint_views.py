@@ -73,14 +73,14 @@ def dtypes_in_words(nbytes: Counter[str], total: int) -> str:
 
 
 def _sentence(checkpoint: Checkpoint, parameters: list[Parameters], total: int) -> str:
-    written = f"written by {plural(checkpoint.world_size, 'rank')}"
+    written = "" if checkpoint.whole else f", written by {plural(checkpoint.world_size, 'rank')}"
     if checkpoint.mesh:
         written += f" on a mesh {mesh_in_words(checkpoint)}"
     nbytes: Counter[str] = Counter()
     for one in parameters:
         nbytes[one.first.dtype.name] += one.nbytes
     return (
-        f"{checkpoint.layout}, {written}: {plural(len(checkpoint.tensors), 'tensor')}, "
+        f"{checkpoint.layout}{written}: {plural(len(checkpoint.tensors), 'tensor')}, "
         f"{words.big_count(_elements(parameters), 'parameter')}, {words.byte_size(total)}, "
         f"{dtypes_in_words(nbytes, total) or 'no dtype'}"
     )

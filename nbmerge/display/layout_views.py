@@ -39,6 +39,9 @@ def layout_sections(checkpoint: Checkpoint, parameters: list[Parameters], total:
     table = Table(columns, rows, hidden=max(len(order) - _LAYOUTS, 0), rows_are="placements")
     mesh = f"mesh {mesh_in_words(checkpoint)}" if checkpoint.mesh else "no device mesh"
     summary = f"{mesh}, {plural(checkpoint.world_size, 'rank')}, {plural(len(groups), 'placement')}"
+    if checkpoint.whole:
+        yield Section("Shard layout", "none: the files hold whole tensors")
+        return
     notes = (_LEGEND_ONCE if once else _LEGEND,)
     yield Section("Shard layout", summary, tables=(table,), notes=notes, opened=True)
     drawn = tuple(_drawings(checkpoint, order))

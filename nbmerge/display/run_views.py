@@ -83,10 +83,9 @@ def _row(each: Found, run: Run) -> tuple[Cell, ...]:
 
 
 def _index_cells(checkpoint: Checkpoint) -> tuple[Cell, ...]:
-    return (
-        Cell(words.elide(checkpoint.layout)), Cell(f"{checkpoint.world_size:,}"), Cell(f"{len(checkpoint):,}"),
-        Cell(words.byte_size(checkpoint.nbytes)),
-    )  # fmt: skip
+    ranks = "·" if checkpoint.whole else f"{checkpoint.world_size:,}"
+    texts = (words.elide(checkpoint.layout), ranks, f"{len(checkpoint):,}", words.byte_size(checkpoint.nbytes))
+    return tuple(map(Cell, texts))
 
 
 def _path(each: Found, run: Run) -> str:

@@ -14,6 +14,7 @@ from nbmerge.expressions import Expr
 from nbmerge.geometry import Shape
 from nbmerge.plan import OutputFile, OutputTensor
 
+_AGAIN = "copy or download it again, or write it again: merge once more"
 _MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library
 
 
@@ -97,20 +98,20 @@ def read_header(path: Path) -> dict[str, Entry]:
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise CorruptFileError(
             f"the safetensors header cannot be read: {error}", where=str(path),
-            fix="merge again; if it was downloaded, download it again",
+            fix=_AGAIN,
         ) from error  # fmt: skip
     end = 8 + length
     for entry in sorted(entries.values(), key=lambda entry: (entry.offset, entry.nbytes)):
         if entry.offset != end:
             raise CorruptFileError(
                 f"{entry.name} begins at byte {entry.offset:,}, the tensor before it ends at {end:,}", where=str(path),
-                why="tensors of a safetensors file lie one after the other", fix="merge again",
+                why="tensors of a safetensors file lie one after the other", fix=_AGAIN,
             )  # fmt: skip
         end += entry.nbytes
     if end != size:
         raise CorruptFileError(
             f"the file has {size:,} bytes, its header describes {end:,}", where=str(path),
-            why="it is cut short, or has bytes that belong to no tensor", fix="merge again",
+            why="it is cut short, or has bytes that belong to no tensor", fix=_AGAIN,
         )  # fmt: skip
     return entries
 

@@ -11,14 +11,11 @@ import json
 import re
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from nbmerge.errors import (
-    AmbiguousCheckpointError,
     CheckpointError,
-    IncompleteCheckpointError,
     InconsistentCheckpointError,
     OptionError,
     Problem,
@@ -29,97 +26,12 @@ from nbmerge.errors import (
 from nbmerge.layout import Checkpoint, LazyTensor, MeshAxis, SourceFile
 from nbmerge.loaders.assemble import Assembler, global_shape, override
 from nbmerge.loaders.base import Loader, OpenOptions, Overrides, config_directory, index_error
+from nbmerge.loaders.fsdp_files import ROLES, RankDirectory
 from nbmerge.loaders.pieces import BoxPiece, MeshPiece, Piece, piece_of
 from nbmerge.loaders.reading import read_files
 from nbmerge.loaders.unpickle import load_torch_file
 
-_FILE = re.compile(r"(model|optim|extra_state)_world_size_(0|[1-9]\d*)_rank_(0|[1-9]\d*)\.pt")
-_ACCELERATE = re.compile(r"((pytorch_model_fsdp|optimizer)(?:_\d+)?)_rank(0|[1-9]\d*)\.bin")
-_ROLES = {"model": "weights", "optim": "optimizer", "extra_state": "extra state"}
 _FLAT_PARAMETER = re.compile(r"(^|\.)_?flat_param(_\d+)?$")
-
-
-@dataclass(frozen=True)
-class _Directory:
-    """The files of a checkpoint directory by role, world size and rank. others: models beside the one of the files."""
-
-    path: Path
-    files: Mapping[tuple[str, int], Mapping[int, Path]]  # (role, world size) → rank → path
-    others: tuple[str, ...] = ()
-
-    @staticmethod
-    def scan(path: Path) -> _Directory:
-        files: dict[tuple[str, int], dict[int, Path]] = {}
-        for child in sorted(path.iterdir()):
-            if (match := _FILE.fullmatch(child.name)) and child.is_file():
-                role, world_size, rank = match[1], int(match[2]), int(match[3])
-                files.setdefault((role, world_size), {})[rank] = child
-        if not any(role == "model" for role, _ in files):
-            return _of_accelerate(path)
-        return _Directory(path, files)
-
-    @property
-    def world_sizes(self) -> list[int]:
-        return sorted(size for role, size in self.files if role == "model")
-
-    def weights(self) -> tuple[int, dict[int, Path]]:
-        """World size and the weight file of each rank. Raises where they are not one complete set."""
-        self._refuse_others()
-        if len(self.world_sizes) > 1:
-            counts = [f"{len(self.files['model', n])} files of world size {n}" for n in self.world_sizes]
-            raise InconsistentCheckpointError(
-                "two checkpoints lie in one directory: " + " and ".join(counts),
-                where=str(self.path),
-                why="a run with another number of GPUs saved into the same directory",
-                fix="move the files of one world size to a directory of their own",
-            )
-        (world_size,) = self.world_sizes
-        ranks = self.files["model", world_size]
-        absent = [rank for rank in range(world_size) if rank not in ranks]
-        pattern = re.sub(r"rank(_?)\d+(?=\.\w+$)", r"rank\1{}", next(iter(ranks.values())).name)
-        if absent:
-            raise IncompleteCheckpointError(
-                f"{plural(len(absent), 'rank')} of {world_size} is missing"
-                if len(absent) == 1
-                else f"{plural(len(absent), 'rank')} of {world_size} are missing",
-                where=f"{self.path}: " + listing(pattern.format(r) for r in absent),
-                why="each node saves to its own disk, or saving was stopped",
-                fix="copy the missing files from the machines that trained; without them the weights are incomplete",
-            )
-        beyond = [path.name for rank, path in ranks.items() if rank >= world_size]
-        if beyond:
-            raise InconsistentCheckpointError(
-                f"files of ranks beyond the world size {world_size}", where=f"{self.path}: {listing(beyond)}",
-                fix="move them away; they belong to another checkpoint",
-            )  # fmt: skip
-        return world_size, {rank: ranks[rank] for rank in range(world_size)}
-
-    def _refuse_others(self) -> None:
-        if self.others:
-            raise AmbiguousCheckpointError(
-                f"{plural(len(self.others) + 1, 'model')} are in the directory", where=str(self.path),
-                why="the run trained several models, and each is saved into files of its own",
-                fix=f"move {listing(f'{name}_rank*.bin' for name in self.others)} to a directory of their own",
-            )  # fmt: skip
-
-
-def _of_accelerate(path: Path) -> _Directory:
-    """Accelerate's files; there are as many ranks as the highest number says."""
-    models: dict[str, dict[int, Path]] = {}
-    optimizers: list[Path] = []
-    for child in sorted(path.iterdir()):
-        if (match := _ACCELERATE.fullmatch(child.name)) and child.is_file():
-            if match[2] == "optimizer":
-                optimizers.append(child)
-            else:
-                models.setdefault(match[1], {})[int(match[3])] = child
-    if not models:
-        return _Directory(path, {})
-    first, *others = models
-    files = {("model", max(models[first]) + 1): models[first]}
-    if optimizers:
-        files["optim", len(optimizers)] = dict(enumerate(optimizers))
-    return _Directory(path, files, tuple(others))
 
 
 class FSDPLoader(Loader):
@@ -129,14 +41,14 @@ class FSDPLoader(Loader):
     recognises = "pytorch_model_fsdp_0_rankR.bin or model_world_size_N_rank_R.pt"
 
     def evidence(self, directory: Path) -> tuple[str, ...]:
-        found = _Directory.scan(directory)
+        found = RankDirectory.scan(directory)
         words = [_in_words(found.files["model", n]) for n in found.world_sizes]
         if words and (directory / "fsdp_config.json").is_file():
             words.append("fsdp_config.json")
         return tuple(words)
 
     def open(self, directory: Path, options: OpenOptions) -> Checkpoint:
-        found = _Directory.scan(directory.absolute())  # so that a later change of directory does not matter
+        found = RankDirectory.scan(directory.absolute())  # so that a later change of directory does not matter
         world_size, weights = found.weights()
         version = _fsdp_version(directory, world_size)
         _check_overrides(options.overrides, world_size)
@@ -144,6 +56,7 @@ class FSDPLoader(Loader):
         _refuse_flat_parameters(states[0], weights[0])
         config_dir = options.config_dir or config_directory(directory)
         pieces, objects, problems = _pieces_by_name(states, weights)
+        found.refuse_lost_last(_ranks_of(pieces))
         if options.overrides.placements:
             pieces = _overridden(pieces, options.overrides)
         tensors, unassembled = _assemble(pieces, world_size, config_dir, options)
@@ -275,6 +188,12 @@ def _pieces_by_name(
     return pieces, list(objects), problems
 
 
+def _ranks_of(pieces: Mapping[str, Mapping[int, Piece]]) -> int:
+    """How many ranks the tensors lie on, by what their pieces say of the mesh; 0 where none does."""
+    every = (piece for by_rank in pieces.values() for piece in by_rank.values())
+    return max((piece.ranks for piece in every if isinstance(piece, (MeshPiece, BoxPiece))), default=0)
+
+
 def _overridden(pieces: dict[str, dict[int, Piece]], overrides: Overrides) -> dict[str, dict[int, Piece]]:
     """The pieces with the user's mesh and placements, where a pattern names the tensor."""
     mesh = overrides.mesh_shape or ()
@@ -335,17 +254,17 @@ def _assemble(
     return tensors, problems
 
 
-def _source_files(found: _Directory) -> tuple[SourceFile, ...]:
+def _source_files(found: RankDirectory) -> tuple[SourceFile, ...]:
     return tuple(
-        SourceFile.of(path, _ROLES[role])
+        SourceFile.of(path, ROLES[role])
         for (role, _), ranks in found.files.items()
         for _, path in sorted(ranks.items())
     )
 
 
-def _notes(found: _Directory, objects: list[str]) -> tuple[str, ...]:
+def _notes(found: RankDirectory, objects: list[str]) -> tuple[str, ...]:
     notes = [
-        f"{plural(len(ranks), f'{_ROLES[role]} file')} left alone"
+        f"{plural(len(ranks), f'{ROLES[role]} file')} left alone"
         for (role, _), ranks in found.files.items()
         if role != "model"
     ]

@@ -38,14 +38,20 @@ class MeshPiece:
     placements: tuple[Placement, ...]
     order: Mapping[int, tuple[int, ...]] | None
 
+    @property
+    def ranks(self) -> int:
+        """How many ranks the tensor lies on."""
+        return prod(self.mesh_shape)
+
 
 @dataclass(frozen=True, slots=True)
 class BoxPiece:
-    """A ShardedTensor: the global shape, and the boxes that this rank holds."""
+    """A ShardedTensor: the global shape, and the boxes that this rank holds. ranks: that hold any of it, at least."""
 
     shape: Shape
     dtype: DType
     held: tuple[tuple[Box, Stored], ...]
+    ranks: int = 0
 
 
 Piece = PlainPiece | MeshPiece | BoxPiece
@@ -184,7 +190,7 @@ def _box_piece(value: standins.ShardedTensor) -> BoxPiece:
     held = tuple((_metadata_box(shard.get("metadata")), shard.get("tensor")) for shard in shards)
     if not all(isinstance(stored, Stored) for _, stored in held):
         raise ValueError("a local shard without a tensor")
-    return BoxPiece(tuple(map(int, shape)), value.get("dtype"), held)
+    return BoxPiece(tuple(map(int, shape)), value.get("dtype"), held, len(metadata.get("shards_metadata") or ()))
 
 
 def _metadata_box(metadata: standins.ShardMetadata) -> Box:

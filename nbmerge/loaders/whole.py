@@ -141,7 +141,7 @@ def whole_checkpoint(
     return Checkpoint(
         path=path, backend=backend, layout=layout, tensors=whole_tensors(content), world_size=1, files=tuple(files),
         config_dir=options.config_dir or config_dir, evidence=tuple(evidence), notes=(*notes, *content.notes),
-        problems=tuple(problems),
+        problems=tuple(problems), whole=True,
     )  # fmt: skip
 
 

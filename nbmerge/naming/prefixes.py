@@ -7,9 +7,9 @@ from collections.abc import Container, Iterable
 
 from nbmerge.errors import Problem
 
-# torch.compile, FSDP and activation checkpointing put their modules between two others, anywhere in a name;
-# DistributedDataParallel puts `module.` in front.
-_INNER = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+# torch.compile, FSDP, activation checkpointing and Lightning (`_forward_module`) put their modules between two others,
+# anywhere in a name; DistributedDataParallel puts `module.` in front.
+_INNER = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module)\.")
 _OUTER = re.compile(r"^(?:module\.)+")
 
 

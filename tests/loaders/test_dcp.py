@@ -39,6 +39,7 @@ from tests.support.models import memory_state, published_state, save_tiny_model,
 from tests.support.pickles import Call, Global, pickled
 from tests.support.results import assert_same, bits_of, bits_of_all, content_of, saved_bits
 
+_NUMBERS = {"model.layers.0.mlp.weight": 1, "model.norm.weight": 2}
 TABLE = {"model.layers.0.mlp.weight": torch.arange(35.0).reshape(7, 5), "model.norm.weight": torch.arange(3.0)}
 
 
@@ -381,6 +382,13 @@ class TestFaultsOfShards:
         message = refusal(IncompleteCheckpointError, open_checkpoint, run)
         assert_says(message, "of 2 files of each rank, 1 is missing", "shard-*-model-00002-of-00002.safetensors")
 
+    def test_a_file_that_one_rank_lacks_is_a_note(self, tmp_path: Path):
+        run = write_dcp(tmp_path, TABLE, (2,), writer=hf_writer(tmp_path, fqn_to_index_mapping=_NUMBERS))
+        assert open_checkpoint(run).notes == ()
+        (run / "shard-00002-model-00002-of-00002.safetensors").unlink()
+        (note,) = open_checkpoint(run).notes
+        assert_says(note, "other ranks have shard-00002-model-00002-of-00002.safetensors", "or it was lost")
+
     def test_the_last_ranks_missing_file_is_told_by_the_config(self, tmp_path: Path):
         run = write_dcp(tmp_path / "run", memory_state("qwen2"), (2,), writer=hf_writer(tmp_path / "run"))
         write_config(run, "qwen2")
@@ -402,3 +410,10 @@ def test_what_is_shown_says_how_tensors_are_cut(tmp_path: Path):
 
 def test_the_saved_model_of_transformers_is_not_claimed(tmp_path: Path):
     assert DCPLoader().evidence(save_tiny_model("qwen2", tmp_path)) == ()
+
+
+def test_decoder_layers_of_another_model_are_no_megatron(tmp_path: Path) -> None:
+    """BART, Whisper and others have a `decoder.layers.` of their own."""
+    tensors = {"model.decoder.layers.0.self_attn.q_proj.weight": torch.arange(6.0).reshape(3, 2)}
+    checkpoint = open_checkpoint(write_dcp(tmp_path / "ckpt", tensors))
+    assert (checkpoint.backend, list(checkpoint)) == ("dcp", list(tensors))

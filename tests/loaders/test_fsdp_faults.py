@@ -353,3 +353,13 @@ def test_the_message_of_a_fault_carries_json_of_no_config_into_no_traceback(tmp_
     (tmp_path / "huggingface").mkdir()
     (tmp_path / "huggingface" / "config.json").write_text(json.dumps([1]))
     assert len(open_checkpoint(tmp_path)) == 2  # the config is asked only where bytes don't decide
+
+
+def test_the_lost_last_file_of_accelerates_is_named(tmp_path: Path):
+    """The names do not say how many ranks there are; the tensors' meshes do."""
+    write_mesh_world(tmp_path, {"model.norm.weight": torch.arange(12.0)}, (3,))
+    for rank in range(2):
+        rank_file(tmp_path, 3, rank).rename(tmp_path / f"pytorch_model_fsdp_0_rank{rank}.bin")
+    rank_file(tmp_path, 3, 2).unlink()
+    said = refusal(IncompleteCheckpointError, open_checkpoint, tmp_path)
+    assert_says(said, "1 rank of 3 is missing", "pytorch_model_fsdp_0_rank2.bin")

@@ -168,7 +168,7 @@ class TestTensors:
         message = refused(tmp_path / "ckpt", lora="fold", lora_alpha=5)
         assert_says(message, "model.layers.9.x", "which the model does not have")
 
-    @pytest.mark.parametrize("prefix", ["_fsdp_wrapped_module.", "module.", "_orig_mod."])
+    @pytest.mark.parametrize("prefix", ["_fsdp_wrapped_module.", "module._orig_mod.", "_forward_module."])
     def test_under_the_prefix_of_a_wrapper(self, tmp_path: Path, prefix: str):
         made = adapted()
         write_world(tmp_path / "ckpt", made, {prefix + name: tensor for name, tensor in made.state().items()})

@@ -175,7 +175,7 @@ def _sharded(place: Place, options: OpenOptions, expected: Callable[[str], Shape
         tensors=_all_whole(made, place),
         files=tuple(SourceFile.of(path, "weights") for path in shards.files),
         world_size=shards.world_size,
-        notes=tuple(_notes(division, [])),
+        notes=(*_notes(division, []), *shards.notes),
     )
 
 

@@ -35,6 +35,18 @@ class Shards:
     problems: list[Problem] = field(default_factory=list)
 
     @property
+    def notes(self) -> list[str]:
+        """Files that a rank has not, and others have: it had nothing for them, or they were lost."""
+        there = {(_rank_of(path), match[2]) for path in self.files if (match := SHARD.fullmatch(path.name))}
+        absent = [
+            f"shard-{rank + 1:05d}-{name}.safetensors"
+            for rank in range(self.world_size)
+            for name in sorted({name for _, name in there})
+            if (rank, name) not in there
+        ]
+        return [f"other ranks have {listing(absent)}: the rank had nothing for it, or it was lost"] if absent else []
+
+    @property
     def world_size(self) -> int:
         """Ranks that wrote, by the highest number in a file's name."""
         return max(map(_rank_of, self.files), default=0) + 1

@@ -25,8 +25,9 @@ TRACKER = "latest_checkpointed_iteration.txt"
 _ITERATION = re.compile(r"iter_\d{7,}|release")
 _LONGEST_STEP = 64  # characters
 _CONFIG_FOLDERS = ("huggingface", "hf_config_and_tokenizer")
-# Parts of names that every index of Megatron's models has; an index of torch's own has other words.
-_WORDS = (b"decoder.layers.", b"decoder.final_layernorm.", b"decoder.final_norm.")
+# Parts of names that an index of Megatron's models has. Others have a `decoder.layers.` too: BART, Whisper.
+_WORDS = (b".linear_qkv.", b".linear_proj.", b".linear_fc1.", b".linear_fc2.", b"decoder.final_layernorm.",
+          b"decoder.final_norm.")  # fmt: skip
 
 
 @dataclass(frozen=True)
