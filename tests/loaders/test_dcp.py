@@ -415,5 +415,4 @@ def test_the_saved_model_of_transformers_is_not_claimed(tmp_path: Path):
 def test_decoder_layers_of_another_model_are_no_megatron(tmp_path: Path) -> None:
     """BART, Whisper and others have a `decoder.layers.` of their own."""
     tensors = {"model.decoder.layers.0.self_attn.q_proj.weight": torch.arange(6.0).reshape(3, 2)}
-    checkpoint = open_checkpoint(write_dcp(tmp_path / "ckpt", tensors))
-    assert (checkpoint.backend, list(checkpoint)) == ("dcp", list(tensors))
+    assert open_checkpoint(write_dcp(tmp_path / "ckpt", tensors)).backend == "dcp"

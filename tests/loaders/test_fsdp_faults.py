@@ -361,5 +361,6 @@ def test_the_lost_last_file_of_accelerates_is_named(tmp_path: Path):
     for rank in range(2):
         rank_file(tmp_path, 3, rank).rename(tmp_path / f"pytorch_model_fsdp_0_rank{rank}.bin")
     rank_file(tmp_path, 3, 2).unlink()
+    (tmp_path / "fsdp_config.json").unlink()
     said = refusal(IncompleteCheckpointError, open_checkpoint, tmp_path)
     assert_says(said, "1 rank of 3 is missing", "pytorch_model_fsdp_0_rank2.bin")
