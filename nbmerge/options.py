@@ -182,6 +182,18 @@ class DiffOptions:
     hf_model_config_path: str | None = _option(
         None, "directory of config.json, for a checkpoint without huggingface/", metavar="DIR", path=True
     )
+    lora: str | None = _option(
+        None, "checkpoints with an adapter: compare with it in the weights (fold), or the base weights (split)",
+        choices=("fold", "split"),
+    )  # fmt: skip
+    lora_alpha: float | None = _option(None, "LoRA's alpha, where no file beside the checkpoint says it", type=float)
+    lora_config: str | None = _option(
+        None, "adapter_config.json or lora_train_meta.json of the adapter, or a directory with one", metavar="PATH",
+        path=True,
+    )  # fmt: skip
+    base_model: str | None = _option(
+        None, "directory of the base model of a checkpoint that holds an adapter alone", metavar="DIR", path=True
+    )
     trust_remote_code: bool = _option(False, "run the model code in the directories' own files")
     trust_pickle: bool = _option(False, "let the checkpoints' pickles run any code; only for files that you wrote")
 

@@ -220,3 +220,14 @@ def test_the_tied_model_stays_tied(tmp_path: Path):
     out = merged(made, tmp_path, lora="fold")
     assert_same(saved_bits(out), made.folded())
     assert "lm_head.weight" not in saved_bits(out) and tiny_model("qwen2_tied").config.tie_word_embeddings
+
+
+def test_a_comparison_folds_the_adapter_of_the_side_that_has_one(tmp_path: Path):
+    made = adapted()
+    write_world(tmp_path / "ckpt", made)
+    base = save_tiny_model("qwen2", tmp_path / "base")
+    changed = nbmerge.diff(base, tmp_path / "ckpt", lora="fold", lora_alpha=5).changed
+    assert {one.name.rpartition(".")[0].rpartition(".")[2] for one in changed} == {"q_proj", "down_proj"}
+    assert nbmerge.diff(base, tmp_path / "ckpt", lora="split", lora_alpha=5).is_empty
+    with pytest.raises(nbmerge.PlanError, match="--lora fold"):
+        nbmerge.diff(base, tmp_path / "ckpt")

@@ -9,10 +9,11 @@ from typing import Any
 
 from nbmerge.errors import NotACheckpointError
 from nbmerge.layout import Checkpoint
-from nbmerge.opening import PathLike
-from nbmerge.options import expanded_path
+from nbmerge.naming.adapted import holds_adapter
+from nbmerge.opening import PathLike, open_checkpoint
+from nbmerge.options import OPEN_ONLY, OPEN_OPTIONS, expanded_path
 from nbmerge.runs import step_of
-from nbmerge.weights import Source, Weights, weights_of
+from nbmerge.weights import Source, Weights, is_model_directory, weights_of
 
 
 def both_weights(a: Source, b: Source, *, progress: bool | None = None, **options: Any) -> tuple[Weights, Weights]:
@@ -20,12 +21,28 @@ def both_weights(a: Source, b: Source, *, progress: bool | None = None, **option
 
     options: keywords of `nbmerge.merge` that open and plan a checkpoint. Raises as `weights_of` does.
     """
-    of_a = weights_of(a, progress=progress, **options)
-    of_b = weights_of(b, progress=progress, **options)
+    of_a = _weights(a, progress, options)
+    of_b = _weights(b, progress, options)
     return (
         _with_config(a, of_a, of_b.config_dir, progress, options),
         _with_config(b, of_b, of_a.config_dir, progress, options),
     )
+
+
+def _weights(source: Source, progress: bool | None, options: dict[str, Any]) -> Weights:
+    """The tensors of a source. What is asked of adapters is asked of a checkpoint that has one: the other may not."""
+    if options.get("lora") is None:
+        return weights_of(source, progress=progress, **options)
+    if isinstance(source, (str, os.PathLike)) and not is_model_directory(path := expanded_path(os.fspath(source))):
+        opening = {name: value for name, value in options.items() if name in OPEN_OPTIONS}
+        source = open_checkpoint(path, progress=progress, **opening)
+        options = {name: value for name, value in options.items() if name not in OPEN_ONLY}
+    if isinstance(source, Checkpoint) and not holds_adapter(source):
+        options = {name: value for name, value in options.items() if name not in _OF_ADAPTERS}
+    return weights_of(source, progress=progress, **options)
+
+
+_OF_ADAPTERS = ("lora", "lora_alpha", "lora_config", "fold_precision")
 
 
 def _with_config(
@@ -41,7 +58,7 @@ def _with_config(
 def run_weights(run: PathLike | Iterable[Source], *, progress: bool | None = None, **options: Any) -> Iterator[Weights]:
     """The models of a run, each when its turn comes: of a run's directory, or of a list in the order of the steps."""
     for source in run_checkpoints(run) if isinstance(run, (str, os.PathLike)) else run:
-        yield weights_of(source, progress=progress, **options)
+        yield _weights(source, progress, options)
 
 
 def run_checkpoints(run: PathLike) -> list[Path]:

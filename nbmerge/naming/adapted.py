@@ -11,12 +11,19 @@ from nbmerge.naming.facts import ModelFacts
 from nbmerge.naming.lora.keys import adapter_names
 from nbmerge.naming.lora.refusals import no_adapter
 from nbmerge.naming.lora.separate import Separated, separated
-from nbmerge.naming.megatron.adapters import take_adapters
+from nbmerge.naming.megatron.adapters import is_adapter, take_adapters
 from nbmerge.naming.outputs import outputs_of
 from nbmerge.naming.published import Base, Named
 from nbmerge.options import MergeOptions
 
 _Name = Callable[[Mapping[str, Expr], str], Named]
+
+
+def holds_adapter(checkpoint: Checkpoint) -> bool:
+    """Whether there are tensors of an adapter among those of the checkpoint, by their names."""
+    if checkpoint.names == "megatron":
+        return any(map(is_adapter, checkpoint.tensors))
+    return bool(adapter_names(checkpoint.tensors))
 
 
 def outputs_with_adapter(
