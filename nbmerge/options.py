@@ -12,7 +12,7 @@ from typing import Any
 from nbmerge.dtypes import parse_dtype
 from nbmerge.errors import OptionError
 
-BACKENDS = ("auto", "fsdp", "megatron", "dcp", "deepspeed", "colossalai", "hf")
+BACKENDS = ["auto", "fsdp", "megatron", "dcp", "deepspeed", "colossalai", "hf"]  # `register_loader` adds to them
 DIALECTS = ("hub", "transformers")
 LORA_MODES = ("split", "fold", "adapter")
 FOLD_PRECISIONS = ("exact", "fp32")

@@ -49,9 +49,15 @@ def below(modules: set[str], roots: tuple[str, ...]) -> list[str]:
     return sorted(name for name in modules if any(name == root or name.startswith(root + ".") for root in roots))
 
 
-@pytest.mark.parametrize("statement", ["import nbmerge", "import nbmerge.cli", "import nbmerge.magics.line"])
+@pytest.mark.parametrize("statement", ["from nbmerge import *", "import nbmerge.cli", "import nbmerge.magics.line"])
 def test_importing_costs_no_torch_transformers_or_matplotlib(statement: str):
     assert below(imported_by(statement), HEAVY) == []
+
+
+def test_importing_the_package_loads_what_it_needs_at_first_use():
+    loaded = imported_by("import nbmerge")
+    assert below(loaded, ("nbmerge",)) == ["nbmerge", "nbmerge.errors"]
+    assert "nbmerge.opening" in imported_by("import nbmerge; nbmerge.open_checkpoint")
 
 
 def test_the_engine_rooms_import_nothing_that_shows():
@@ -76,7 +82,7 @@ def test_the_public_names_are_sorted_and_complete():
     assert nbmerge.__all__ == sorted(nbmerge.__all__)
     public = {
         name
-        for name, value in vars(nbmerge).items()
+        for name, value in ((name, getattr(nbmerge, name)) for name in dir(nbmerge))
         if not name.startswith("_")
         and not isinstance(value, types.ModuleType)
         and name not in ("annotations", "TYPE_CHECKING")

@@ -50,6 +50,7 @@ def change_tables(plan: MergePlan) -> Iterator[Table]:
         "",
         ((name, "") for name in plan.left_out),
         ".left_out",
+        noun="file",
     )
     yield _names_table(
         f"{len(plan.unloaded):,} unloaded: written, and known to {plan.model_class}, which does not load them",
@@ -119,10 +120,12 @@ def _casts_table(plan: MergePlan) -> Table:
     return Table(columns, rows, title, max(len(kinds) - _ROWS, 0), "kinds", ".casts")
 
 
-def _names_table(title: str, reason: str, named: Iterable[tuple[str, Hashable]], rest: str) -> Table:
-    """Tensors with what happens to each, repeated layers collapsed."""
+def _names_table(
+    title: str, reason: str, named: Iterable[tuple[str, Hashable]], rest: str, noun: str = "tensor"
+) -> Table:
+    """Tensors with what happens to each, repeated layers collapsed; or other things that have names."""
     groups = collapse(named)
-    columns = [Column("tensor", code=True), Column("tensors", number=True)]
+    columns = [Column(noun, code=True), Column(f"{noun}s", number=True)]
     columns += [Column(reason, code=rest == ".ties")] if reason else []
     rows = []
     for group in groups[:_ROWS]:

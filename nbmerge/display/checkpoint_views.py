@@ -41,8 +41,16 @@ def checkpoint_view(checkpoint: Checkpoint) -> View:
 
 
 def loader_view(loader: Loader) -> View:
-    """What it recognises."""
-    return View("Loader", f"{loader.name} opens directories that hold {loader.recognises}")
+    """What it recognises; of a directory that it was chosen for, the evidence."""
+    sentence = f"{words.elide(loader.name)} opens directories that hold {words.elide(loader.recognises, 200)}"
+    if loader.directory is None:
+        return View("Loader", sentence)
+    found = loader.evidence(loader.directory)
+    facts = [Fact("directory", words.elide(str(loader.directory), 2 * words.NAME_LIMIT), code=True)]
+    facts.append(Fact("evidence", words.elide(", ".join(found), 200) or "none any more"))
+    config = loader.config_directory(loader.directory)
+    facts.append(Fact("config", words.elide(str(config), 2 * words.NAME_LIMIT) if config else "none found"))
+    return View("Loader", sentence, facts=tuple(facts))
 
 
 def problem_alerts(problems: Sequence[Problem]) -> tuple[Alert, ...]:

@@ -15,18 +15,35 @@ from nbmerge.loaders.deepspeed import DeepSpeedLoader
 from nbmerge.loaders.fsdp import FSDPLoader
 from nbmerge.loaders.hf import HFLoader, adapters
 from nbmerge.loaders.megatron import MegatronLoader
+from nbmerge.options import BACKENDS
 
-LOADERS: tuple[Loader, ...] = (
+LOADERS: list[Loader] = [
     FSDPLoader(),
     MegatronLoader(),
     DCPLoader(),
     DeepSpeedLoader(),
     ColossalAILoader(),
     HFLoader(),
-)
+]
 
 _SEARCH_DEPTH = 4
 _SEARCH_DIRECTORIES = 2000  # a home directory given by mistake must not take minutes
+
+
+def register_loader(loader: Loader) -> None:
+    """Adds a loader of one's own: from now on it votes on every directory, and `backend=` takes its name.
+
+        nbmerge.register_loader(MyLoader())
+
+    One that is registered again under its name, as when a notebook's cell is run twice, takes the place of the first.
+    Raises OptionError for the name of one of this package's own.
+    """
+    builtin = [each for each in LOADERS if type(each).__module__.startswith("nbmerge.loaders.")]
+    if loader.name == "auto" or loader.name in [each.name for each in builtin]:
+        raise OptionError(f"{loader.name!r} is the name of a back end of nbmerge", fix="give the loader another name")
+    LOADERS[:] = [*(each for each in LOADERS if each.name != loader.name), loader]
+    if loader.name not in BACKENDS:
+        BACKENDS.append(loader.name)
 
 
 def open_checkpoint_directory(path: Path, backend: str, options: OpenOptions) -> Checkpoint:
@@ -56,7 +73,7 @@ def choose_loader(directory: Path, backend: str, loaders: Sequence[Loader] = LOA
             )
         if not by_name[backend].evidence(directory):
             raise _nothing_recognised(directory, [by_name[backend]])
-        return by_name[backend]
+        return by_name[backend].at(directory)
     voted = votes(directory, loaders)
     if not voted:
         raise _nothing_recognised(directory, loaders)
@@ -67,7 +84,7 @@ def choose_loader(directory: Path, backend: str, loaders: Sequence[Loader] = LOA
             why="; ".join(f"{loader.name}: {', '.join(found)}" for loader, found in voted),
             fix=f"say which: --backend {' or '.join(loader.name for loader, _ in voted)}",
         )
-    return voted[0][0]
+    return voted[0][0].at(directory)
 
 
 def votes(directory: Path, loaders: Sequence[Loader] = LOADERS) -> list[tuple[Loader, tuple[str, ...]]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -81,6 +82,14 @@ class Loader(Displayed, ABC):
     """The back end's name on the command line."""
     recognises: ClassVar[str]
     """What it recognises, in a sentence."""
+    directory: Path | None = None
+    """The directory that it was chosen for, for its display; opening takes any."""
+
+    def at(self, directory: Path) -> Loader:
+        """The same loader, to be shown with its evidence in a directory."""
+        chosen = copy.copy(self)
+        chosen.directory = directory
+        return chosen
 
     @abstractmethod
     def evidence(self, directory: Path) -> tuple[str, ...]:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
+import nbmerge
 from nbmerge import AmbiguousCheckpointError, CheckpointError, NotACheckpointError, OptionError, open_checkpoint
+from nbmerge.layout import Checkpoint
 from nbmerge.loaders import LOADERS, choose_loader
-from nbmerge.loaders.base import Loader
+from nbmerge.loaders.base import Loader, OpenOptions
 from nbmerge.loaders.fsdp import FSDPLoader
+from nbmerge.options import BACKENDS
 from tests.support.messages import assert_says, refusal
 from tests.support.processes import as_ordinary_user
 from tests.support.worlds import rank_file, write_ranks
@@ -153,3 +157,48 @@ class TestEveryLoader:
 
     def test_is_one_of_a_kind(self, loader: Loader):
         assert [other.name for other in LOADERS].count(loader.name) == 1
+
+
+class Rows(Loader):
+    """A layout of somebody's own: each rank's rows in a .npy file."""
+
+    name = "rows"
+    recognises = "rows_of_rank_R.npy"
+
+    def evidence(self, directory: Path) -> tuple[str, ...]:
+        return tuple(sorted(path.name for path in directory.glob("rows_of_rank_*.npy")))
+
+    def open(self, directory: Path, options: OpenOptions) -> Checkpoint:
+        return Checkpoint(directory, self.name, "rows", {}, len(self.evidence(directory)), (), None)
+
+
+@pytest.fixture
+def registered() -> Iterator[None]:
+    loaders, backends = list(LOADERS), list(BACKENDS)
+    nbmerge.register_loader(Rows())
+    yield
+    LOADERS[:], BACKENDS[:] = loaders, backends
+
+
+def test_a_loader_of_ones_own_votes_and_can_be_named(registered: None, tmp_path: Path) -> None:
+    (tmp_path / "rows_of_rank_0.npy").touch()
+    assert nbmerge.open_checkpoint(tmp_path).backend == "rows"
+    assert nbmerge.open_checkpoint(tmp_path, backend="rows").world_size == 1
+    nbmerge.register_loader(Rows())
+    assert [loader.name for loader in LOADERS].count("rows") == BACKENDS.count("rows") == 1
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    said = refusal(nbmerge.AmbiguousCheckpointError, nbmerge.open_checkpoint, tmp_path)
+    assert_says(said, "rows: rows_of_rank_0.npy", "--backend hf or rows")
+
+
+def test_a_loader_shows_its_evidence_in_the_directory_it_was_chosen_for(registered: None, tmp_path: Path) -> None:
+    (tmp_path / "rows_of_rank_0.npy").touch()
+    assert "evidence   rows_of_rank_0.npy" in repr(choose_loader(tmp_path, "auto"))
+    assert "evidence" not in repr(Rows())
+
+
+def test_a_name_of_nbmerges_own_is_refused() -> None:
+    class Taken(Rows):
+        name = "fsdp"
+
+    assert_says(refusal(nbmerge.OptionError, nbmerge.register_loader, Taken()), "'fsdp' is the name of a back end")
