@@ -50,9 +50,9 @@ def main(words: Sequence[str] | None = None) -> int:
     except NbmergeError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return PROBLEM
-    except KeyboardInterrupt:
-        resumes = "; run the same command again to take up where it stopped" if words[0] in ("merge", "push") else ""
-        print(f"interrupted{resumes}", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        again = "run the same command again to take up where it stopped" if words[0] in ("merge", "push") else ""
+        print("; ".join(filter(None, ("interrupted", str(stop) or again))), file=sys.stderr)
         return INTERRUPTED
     except OSError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)

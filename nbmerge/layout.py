@@ -13,7 +13,7 @@ from nbmerge.dtypes import DType
 from nbmerge.errors import Problem
 from nbmerge.expressions import Expr, Stored
 from nbmerge.geometry import Box, Shape
-from nbmerge.shown import Displayed, Plotted
+from nbmerge.shown import Displayed, Explored, Plotted
 
 if TYPE_CHECKING:
     from nbmerge.tensor_stats import TensorStats
@@ -183,7 +183,7 @@ class Absence:
 
 
 @dataclass(frozen=True, repr=False)
-class Checkpoint(Displayed, Plotted):
+class Checkpoint(Displayed, Explored, Plotted):
     """The index of a checkpoint. Made by a loader from headers and pickles; reads no tensor data.
 
     path: the directory; backend: the loader's name; layout: what was recognised, in words;

@@ -45,7 +45,7 @@ class OutputFile:
     header: bytes
     tensors: tuple[OutputTensor, ...]
 
-    @property
+    @cached_property
     def data_bytes(self) -> int:
         """Bytes of all tensors."""
         return sum(tensor.nbytes for tensor in self.tensors)

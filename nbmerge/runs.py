@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,17 +10,16 @@ from typing import Any
 
 from nbmerge.errors import NbmergeError, Problem
 from nbmerge.layout import Checkpoint
-from nbmerge.loaders import directories_below, inventory, is_recognised, votes
+from nbmerge.loaders import inventory, is_recognised, votes
 from nbmerge.loaders.base import existing_directory
 from nbmerge.opening import PathLike, open_checkpoint
 from nbmerge.options import expanded_path
+from nbmerge.run_search import search, step_below, step_of, subdirectories
 from nbmerge.shown import Displayed
 
-# How frameworks name the directory of a step: verl, DeepSpeed, the Trainer, Megatron-LM, torchtitan.
-_STEP = re.compile(r"(?:global_step|checkpoint|iter|step)[_-]?(\d+)")
 _TRACKERS = ("latest_checkpointed_iteration.txt", "latest")
 _LONGEST_STEP = 64  # characters
-_MOST = 100  # directories that are opened
+_MOST = 100  # directories that are opened, of the highest steps
 
 
 @dataclass(frozen=True)
@@ -49,12 +47,14 @@ class Found:
 class Run(Displayed):
     """The checkpoints below a directory, in the order of their steps. Nothing of their tensors has been read.
 
-    hidden: how many further directories were recognised and not opened.
+    unopened: further directories that were recognised and not opened, of lower steps; is_cut: whether there are more
+    directories below than were looked at.
     """
 
     path: Path
     found: tuple[Found, ...]
-    hidden: int = 0
+    unopened: tuple[Path, ...] = ()
+    is_cut: bool = False
 
     def __iter__(self) -> Iterator[Found]:
         return iter(self.found)
@@ -65,13 +65,20 @@ class Run(Displayed):
     @property
     def steps(self) -> list[int]:
         """The steps that have a directory, each once, in order."""
-        return sorted({each.step for each in self.found if each.step is not None})
+        steps = {*(each.step for each in self.found), *(step_below(path, self.path) for path in self.unopened)}
+        return sorted(step for step in steps if step is not None)
+
+    @property
+    def newest(self) -> tuple[Found, ...]:
+        """The whole checkpoints of the highest step that has one, by name: actor and critic, say."""
+        whole = [each for each in self.found if each.is_whole]
+        highest = max((_order(each.step) for each in whole), default=None)
+        return tuple(each for each in whole if _order(each.step) == highest)
 
     @property
     def latest(self) -> Found | None:
-        """The whole checkpoint of the highest step, of what can be merged the first by name; None without any."""
-        whole = [each for each in self.found if each.is_whole]
-        return max(reversed(whole), key=lambda each: -1 if each.step is None else each.step, default=None)
+        """The first of `newest`; None where nothing is whole."""
+        return next(iter(self.newest), None)
 
 
 def inspect(path: PathLike, **options: Any) -> Checkpoint | Run:
@@ -80,11 +87,13 @@ def inspect(path: PathLike, **options: Any) -> Checkpoint | Run:
         nbmerge.inspect("checkpoints/my_run")             # steps, layouts, what is whole, and which path to pass
         nbmerge.inspect("checkpoints/my_run/global_step_100/actor")
 
-    options: the keywords of `open_checkpoint`. Raises NotACheckpointError where neither the directory nor one below it
-    holds anything that a loader recognises, and for the checkpoint in the directory itself what opening raises.
+    A directory that holds one itself (as Trainer's do, and those with a tracker file) is told as a run where there are
+    other steps below it. options: the keywords of `open_checkpoint`. Raises NotACheckpointError where neither the
+    directory nor one below it holds anything that a loader recognises, and for the checkpoint in the directory itself
+    what opening raises.
     """
     directory = existing_directory(expanded_path(os.fspath(path)))
-    if options.get("backend", "auto") == "auto" and not is_recognised(directory):
+    if options.get("backend", "auto") == "auto" and (not is_recognised(directory) or _holds_steps(directory, options)):
         run = survey(directory, **options)
         if any(each.backends for each in run):
             return run
@@ -92,33 +101,42 @@ def inspect(path: PathLike, **options: Any) -> Checkpoint | Run:
 
 
 def survey(path: PathLike, **options: Any) -> Run:
-    """What is where below a directory: every checkpoint is opened, and what keeps one from being whole is told.
+    """What is where in a directory and below: every checkpoint is opened, and what keeps one from being whole is told.
 
     options: the keywords of `open_checkpoint`. Raises NotACheckpointError where there is no such directory.
     """
     directory = existing_directory(expanded_path(os.fspath(path)))
-    recognised = list(_recognised(directory))
-    opened = [_opened(each, directory, options) for each in recognised[:_MOST]]
-    found = [*opened, *_empty_steps(directory, recognised)]
-    found.sort(key=lambda each: (-1 if each.step is None else each.step, str(each.path)))
-    return Run(directory, tuple(found), max(len(recognised) - _MOST, 0))
+    below = search(directory)
+    recognised = sorted(below.recognised, key=lambda each: (-_order(step_below(each, directory)), str(each)))
+    found = [_opened(each, directory, options) for each in recognised[:_MOST]]
+    found += [_empty(each) for each in below.empty_steps]
+    if is_recognised(directory):
+        itself = _opened(directory, directory, options)
+        if itself.checkpoint is None or not _is_made_of(itself.checkpoint, recognised):
+            found.append(itself)
+    found.sort(key=lambda each: (_order(each.step), str(each.path)))
+    return Run(directory, tuple(found), tuple(recognised[_MOST:]), below.is_cut)
 
 
-def step_of(path: Path) -> int | None:
-    """The step that a directory is of, by its own name: `global_step_100`, `checkpoint-100`, `iter_0000100`."""
-    match = _STEP.fullmatch(path.name)
-    return int(match[1]) if match else None
+def _order(step: int | None) -> int:
+    return -1 if step is None else step
 
 
-def _recognised(directory: Path) -> Iterator[Path]:
-    """The directories below that a loader recognises, without what lies in such a directory."""
-    taken: set[Path] = set()
-    for child in directories_below(directory):
-        if not taken.isdisjoint(child.parents):
-            continue
-        if is_recognised(child):
-            taken.add(child)
-            yield child
+def _holds_steps(directory: Path, options: dict[str, Any]) -> bool:
+    """Whether there are steps in a directory that is a checkpoint itself, beside the one that it is read from."""
+    steps = [each for each in subdirectories(directory) if step_of(each) is not None and is_recognised(each)]
+    if len(steps) != 1:
+        return bool(steps)
+    try:
+        return not _is_made_of(open_checkpoint(directory, **{"progress": False, **options}), steps)
+    except (NbmergeError, OSError):
+        return True
+
+
+def _is_made_of(checkpoint: Checkpoint, steps: list[Path]) -> bool:
+    """Whether the checkpoint's files are those of a step below: a tracker file names it."""
+    inside = {step.absolute() for step in steps}
+    return any(not inside.isdisjoint(file.path.absolute().parents) for file in checkpoint.files)
 
 
 def _opened(path: Path, root: Path, options: dict[str, Any]) -> Found:
@@ -130,12 +148,8 @@ def _opened(path: Path, root: Path, options: dict[str, Any]) -> Found:
         problem = error.problem
     except OSError as error:
         problem = Problem(f"it cannot be read: {error.strerror}", where=str(error.filename))
-    step = next((step for each in (path, *path.parents) if (step := _within(each, root)) is not None), None)
+    step = step_below(path, root)
     return Found(path, step, backends, checkpoint, problem, step is not None and step in _tracked(path, root))
-
-
-def _within(path: Path, root: Path) -> int | None:
-    return step_of(path) if path == root or root in path.parents else None
 
 
 def _tracked(path: Path, root: Path) -> set[int]:
@@ -148,21 +162,16 @@ def _tracked(path: Path, root: Path) -> set[int]:
                     said = stream.read(_LONGEST_STEP).decode("utf-8", "replace").strip()
             except OSError:
                 continue
-            match = _STEP.fullmatch(said)
-            if said.isdecimal() or match:
-                found.add(int(match[1] if match else said))
+            step = int(said) if said.isdecimal() else step_of(Path(said))
+            if step is not None:
+                found.add(step)
     return found
 
 
-def _empty_steps(root: Path, recognised: list[Path]) -> Iterator[Found]:
-    """Directories that are named after a step and hold nothing that can be opened."""
-    for path in directories_below(root):
-        step = step_of(path)
-        inside = (path in each.parents or path == each or each in path.parents for each in recognised)
-        if step is None or any(inside):
-            continue
-        problem = Problem(
-            "nothing in it is a checkpoint that can be read", where=str(path), why=f"it holds {inventory(path)}",
-            fix="copy it again from the machines that trained, or pass another step",
-        )  # fmt: skip
-        yield Found(path, step, (), None, problem)
+def _empty(path: Path) -> Found:
+    """A directory that is named after a step and holds nothing that can be opened."""
+    problem = Problem(
+        "nothing in it is a checkpoint that can be read", where=str(path), why=f"it holds {inventory(path)}",
+        fix="copy it again from the machines that trained, or pass another step",
+    )  # fmt: skip
+    return Found(path, step_of(path), (), None, problem)

@@ -11,8 +11,15 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from nbmerge.display.model import View
+    from nbmerge.display.widgets.explorer import Explorer
 
 _log = logging.getLogger(__name__)
+
+
+def _is_frozen(shown: object) -> bool:
+    """Whether the object stays as it is, so that what is shown of it does too."""
+    parameters = getattr(type(shown), "__dataclass_params__", None)
+    return parameters is not None and parameters.frozen and hasattr(shown, "__dict__")
 
 
 class Displayed:
@@ -27,7 +34,12 @@ class Displayed:
         """What a notebook shows of the object, as plain data. Reads no tensor data."""
         from nbmerge.display.views import view_of
 
-        return view_of(self)
+        if not _is_frozen(self):
+            return view_of(self)
+        if "_view" not in self.__dict__:  # IPython asks for text and for HTML, of every object that it shows
+            self.__dict__["_view"] = view_of(self)
+        made: View = self.__dict__["_view"]
+        return made
 
     def __repr__(self) -> str:
         try:
@@ -64,3 +76,20 @@ class Plotted:
         except ModuleNotFoundError as error:
             raise NotSupportedError("figures need matplotlib", fix="pip install matplotlib") from error
         return figure_of(self, kind, theme=theme)
+
+
+class Explored:
+    """Gives `explore()` to a class that `nbmerge.display.widgets` knows."""
+
+    __slots__ = ()
+
+    def explore(self) -> Explorer:
+        """Widgets to look around in the object, for mouse and keyboard; a static twin stays in the saved notebook.
+
+        Reads tensor data only where a button says so. Raises NotSupportedError where ipywidgets is not installed.
+        """
+        try:
+            from nbmerge.display.widgets import explorer_of
+        except ModuleNotFoundError as error:
+            raise NotSupportedError("explorers need ipywidgets", fix="pip install ipywidgets") from error
+        return explorer_of(self)

@@ -34,11 +34,16 @@ def run(path: Path, directory: Path) -> Any:
     client.execute()
     for cell in notebook.cells:
         if cell.cell_type == "code":
-            cell["outputs"] = without_paths(cell["outputs"], directory)
+            cell["outputs"] = without_paths([one for one in cell["outputs"] if not _is_widget(one)], directory)
     notebook.metadata.pop("widgets", None)
     notebook.metadata["language_info"] = {"name": "python"}  # not the patch version of whoever ran it last
     notebook.metadata["written_with"] = {package: version(package) for package in ("torch", "transformers")}
     return notebook
+
+
+def _is_widget(output: Any) -> bool:
+    """Whether it is a progress bar: what is left of one in a file is dead, and there or not by chance."""
+    return "application/vnd.jupyter.widget-view+json" in output.get("data", {})
 
 
 def without_paths(value: Any, directory: Path) -> Any:

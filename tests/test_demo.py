@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,9 @@ from nbmerge.demo import (
     differences_on_disk,
     differences_when_loaded,
     make_checkpoint,
+    make_checkpoints,
     run,
+    start_hub,
 )
 from nbmerge.demo.command import generate
 from nbmerge.demo.models import ARCHITECTURES, VOCABULARY, build_model
@@ -217,6 +220,9 @@ def test_importing_the_demo_costs_no_torch() -> None:
         ({"mesh_shape": (2, 2)}, "mesh of fsdp2 has 1 dimensions, not 2"),
         ({"mesh_dim_names": ("a", "b")}, "mesh of fsdp2 has 1 dimensions, not 2"),
         ({"layout": "hsdp", "mesh_shape": (3, 2)}, "mesh of 3 × 2 does not fit a world of 4"),
+        ({"lora_r": -1}, "no fsdp2 checkpoint with an adapter of rank -1"),
+        ({"layout": "fsdp_tp", "lora_r": 4}, "no fsdp_tp checkpoint with an adapter of rank 4"),
+        ({"layout": "megatron", "lora_r": 4}, "no megatron checkpoint with an adapter of rank 4"),
     ],
 )
 def test_a_recipe_that_cannot_be_made_is_refused(fields: dict[str, object], words: str) -> None:
@@ -300,3 +306,72 @@ def test_an_interrupt_while_the_worker_starts_waits_until_the_worker_is_known(mo
         make_checkpoint(tmp_path / "run")
     assert started[0].returncode == -signal.SIGKILL
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_checkpoint_with_an_adapter_holds_the_base_model_and_what_peft_saves(tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    (made,) = make_checkpoints({tmp_path / "lora": Recipe(world_size=2, dtype="bfloat16", lora_r=2)})
+    assert json.loads((made.path / "lora_train_meta.json").read_text()) == {
+        "r": 2,
+        "lora_alpha": 4,
+        "task_type": "CAUSAL_LM",
+    }
+    nbmerge.merge(made.path, tmp_path / "split", lora="split", progress=False)
+    assert differences(tmp_path / "split", made) == []
+    assert differences_on_disk(tmp_path / "split" / "lora_adapter", made.adapter) == []
+    adapter = load_file(made.adapter / "adapter_model.safetensors")
+    assert len(adapter) == 2 * 7 * 3
+    assert all(tensor.any() for tensor in adapter.values())
+
+
+@pytest.fixture
+def online(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A client that may use the network, of which only this machine is asked."""
+    import huggingface_hub.utils as utils
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    close = getattr(utils, "close_session", lambda: None)  # made anew, and not offline
+    close()
+    yield
+    close()
+
+
+@pytest.mark.usefixtures("online")
+def test_what_the_demo_hub_takes_it_gives_back(tmp_path: Path) -> None:
+    from huggingface_hub import HfApi, snapshot_download
+
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    (tmp_path / "model" / "model.safetensors").write_bytes(bytes(range(256)) * 100)
+    with start_hub() as hub:
+        api = HfApi(endpoint=hub.url, token=hub.token)
+        assert api.whoami()["name"] == hub.user
+        api.create_repo("me/mine", private=True)
+        api.upload_folder(repo_id="me/mine", folder_path=tmp_path / "model", commit_message="first")
+        api.upload_folder(
+            repo_id="me/mine", folder_path=tmp_path / "model", commit_message="second", delete_patterns="*.json",
+            allow_patterns="*.safetensors",
+        )  # fmt: skip
+        assert list(hub.files("me/mine")) == ["model.safetensors"]
+        assert hub.commits("me/mine") == ["first", "second"]
+        assert api.model_info("me/mine").private
+        copy = snapshot_download(
+            "me/mine", endpoint=hub.url, token=hub.token, local_dir=tmp_path / "copy", cache_dir=tmp_path / "cache"
+        )
+        assert (Path(copy) / "model.safetensors").read_bytes() == bytes(range(256)) * 100
+        assert hub.files("me/other") == {}
+
+
+@pytest.mark.usefixtures("online")
+def test_the_demo_hub_knows_who_may_write() -> None:
+    from nbmerge.errors import HubError
+    from nbmerge.export.access import check_access
+
+    with start_hub() as hub:
+        assert check_access("me/mine", token=hub.token, endpoint=hub.url).exists is False
+        with pytest.raises(HubError, match="may only read"):
+            check_access("me/mine", token=hub.read_token, endpoint=hub.url)
+        with pytest.raises(HubError, match="token is not valid"):
+            check_access("me/mine", token="hf_nobody", endpoint=hub.url)

@@ -56,7 +56,12 @@ def test_a_split_is_the_base_model_and_peft_s_own_file(tmp_path: Path, kind: str
     made = adapted(dtype="bfloat16", **KINDS[kind])
     out = merged(made, tmp_path, lora="split")
     assert_same(saved_bits(out), made.base())
-    assert_same(saved_bits(out / "lora_adapter"), made.adapter())
+    ours, peft_s = saved_bits(out / "lora_adapter"), made.adapter()
+    if kind == "bias_lora_only" and not any(name.endswith(".bias") for name in peft_s):  # up to peft 0.19 it loses them
+        biases = [name for name in ours if name.endswith(".base_layer.bias")]
+        assert len(biases) == 2
+        ours = {name: value for name, value in ours.items() if name not in biases}
+    assert_same(ours, peft_s)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -29,7 +29,8 @@ _VOLATILE = (
     (re.compile(r"\b[\d.,]+ (ms|s|min|seconds?|minutes?)\b"), "<time>"),
     # A .metadata is a pickle of what the ranks sent to the first: how much of it is shared is chance.
     (re.compile(r"(\s+[\d.,]+ [kMGT]?B){3}(?=\s+\S*\.metadata\b)"), " <sizes>"),
-    (re.compile(r"(\bFiles: [\d,]+ files), [\d.,]+ [kMGT]?B"), r"\1, <size>"),
+    (re.compile(r"(\b(?:Files:|uploaded) [\d,]+ files), [\d.,]+ [kMGT]?B"), r"\1, <size>"),
+    (re.compile(r"(?<=127\.0\.0\.1:)\d+"), "<port>"),
 )
 # Sizes of the files that torch and transformers write change with their versions.
 _SIZES = ((re.compile(r"[\d.,]+ ([kMGT]?B|bytes)\b"), "<size>"), (re.compile(r"[\d.]+%"), "<share>"))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,9 +11,12 @@ from IPython.core.interactiveshell import InteractiveShell
 
 import nbmerge
 from nbmerge import Checkpoint, NotACheckpointError, Run, cli
-from nbmerge.runs import step_of, survey
+from nbmerge.run_search import step_of
+from nbmerge.runs import survey
 from tests.support.messages import assert_says, refusal
-from tests.support.models import write_model_world
+from tests.support.models import save_tiny_model, write_model_world
+
+_DEEPSPEED = Path(__file__).parent / "data" / "deepspeed_z3_w3_bf16_tied_frozen" / "ckpt"
 
 
 @pytest.fixture
@@ -51,13 +56,85 @@ def test_says_what_is_where_and_what_is_whole(run: Path):
     assert "nothing in it" in problems["global_step_30"]
 
 
-def test_a_step_and_its_parts_are_answered_too(run: Path):
+def test_a_step_and_its_parts_are_answered_too(run: Path, monkeypatch: pytest.MonkeyPatch):
     step = nbmerge.inspect(run / "global_step_20")
     assert isinstance(step, Run)
     assert [(each.path.name, each.step, each.is_whole) for each in step] == [
         ("actor", 20, True), ("critic", 20, False),
     ]  # fmt: skip
     assert isinstance(nbmerge.inspect(run / "global_step_20" / "actor"), Checkpoint)
+    monkeypatch.chdir(run / "global_step_20" / "actor")
+    around = nbmerge.inspect("..")
+    assert isinstance(around, Run)
+    assert [(each.path, each.step) for each in around] == [(Path("../actor"), 20), (Path("../critic"), 20)]
+    assert "in global_step_20:" in repr(around)
+
+
+def test_of_two_models_of_a_step_the_first_is_to_be_passed_and_the_other_named(tmp_path: Path):
+    for part in ("critic", "actor"):
+        write_model_world(tmp_path / "it's mine" / "global_step_3" / part, "qwen2")
+    found = survey(tmp_path / "it's mine")
+    assert [each.path.name for each in found.newest] == ["actor", "critic"]
+    assert found.latest is found.newest[0]
+    passed = {fact.label: fact.value for fact in found.view().facts}
+    quoted = str(tmp_path).replace("'", "") + "/it'\"'\"'s mine/global_step_3"
+    assert passed["pass"] == f"'{quoted}/actor'"
+    assert passed["or"] == f"'{quoted}/critic'"
+
+
+def test_of_hundreds_of_steps_the_highest_are_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("nbmerge.runs._MOST", 2)
+    write_model_world(tmp_path / "checkpoint-9", "qwen2")
+    for step in (10, 99, 100):
+        shutil.copytree(tmp_path / "checkpoint-9", tmp_path / f"checkpoint-{step}", copy_function=os.link)
+    found = survey(tmp_path)
+    assert [each.step for each in found] == [99, 100]
+    assert found.latest is not None
+    assert found.latest.step == 100
+    assert [path.name for path in found.unopened] == ["checkpoint-10", "checkpoint-9"]
+    assert found.steps == [9, 10, 99, 100]
+    assert "4 directories of 4 steps" in repr(found)
+    assert "2 of lower steps not opened" in repr(found)
+    monkeypatch.setattr("nbmerge.run_search._DIRECTORIES", 3)
+    assert survey(tmp_path).is_cut
+    assert "too many" in repr(survey(tmp_path))
+
+
+def test_links_and_loops_make_no_second_checkpoint(run: Path, tmp_path: Path):
+    before = [each.path for each in survey(run)]
+    (run / "a_loop").symlink_to(run)
+    (run / "latest").symlink_to("global_step_20")
+    assert [each.path for each in survey(run)] == before
+    outside = write_model_world(tmp_path / "scratch", "qwen2")
+    (run / "global_step_40").symlink_to(outside)
+    linked = survey(run).latest
+    assert linked is not None
+    assert (linked.path, linked.step) == (run / "global_step_40", 40)
+
+
+def test_a_root_that_is_a_checkpoint_itself_does_not_hide_the_steps(tmp_path: Path):
+    root = save_tiny_model("qwen2", tmp_path / "output", "bfloat16")
+    assert isinstance(nbmerge.inspect(root), Checkpoint)
+    shutil.copytree(root, root / "checkpoint-500")
+    found = nbmerge.inspect(root)
+    assert isinstance(found, Run)
+    assert [(each.path, each.step) for each in found] == [(root, None), (root / "checkpoint-500", 500)]
+    assert found.latest is found.found[1]
+
+
+def test_a_tracker_file_names_a_step_and_hides_none(tmp_path: Path):
+    root = tmp_path / "run"
+    shutil.copytree(_DEEPSPEED, root)
+    assert isinstance(nbmerge.inspect(root), Checkpoint)
+    shutil.copytree(root / "global_step3", root / "global_step30")
+    found = nbmerge.inspect(root)
+    assert isinstance(found, Run)
+    assert [(each.step, each.is_latest) for each in found] == [(3, True), (30, False)]
+    (root / "latest").write_text("global_step99")
+    lost = survey(root).found[0]
+    assert lost.path == root
+    assert lost.problem is not None
+    assert "global_step99" in lost.problem.what
 
 
 def test_is_shown_as_text_and_as_html(run: Path):

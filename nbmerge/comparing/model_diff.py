@@ -12,7 +12,7 @@ from nbmerge.comparing.rolling import Place, place_of, rolled
 from nbmerge.comparing.statistics import Statistics, combined
 from nbmerge.dtypes import DType
 from nbmerge.geometry import Shape, unravel
-from nbmerge.shown import Displayed, Plotted
+from nbmerge.shown import Displayed, Explored, Plotted
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -75,7 +75,7 @@ class Looked:
 
 
 @dataclass(frozen=True, repr=False)
-class ModelDiff(Displayed, Plotted):
+class ModelDiff(Displayed, Explored, Plotted):
     """How a model changed from A to B.
 
     a, b: what was compared, as the user named it; tensors: what was compared, by published name; unmatched: tensors,

@@ -12,7 +12,7 @@ from nbmerge.layout import Checkpoint
 from nbmerge.naming.adapted import holds_adapter
 from nbmerge.opening import PathLike, open_checkpoint
 from nbmerge.options import OPEN_ONLY, OPEN_OPTIONS, expanded_path
-from nbmerge.runs import step_of
+from nbmerge.run_search import step_of
 from nbmerge.weights import Source, Weights, is_model_directory, weights_of
 
 

@@ -10,6 +10,7 @@ Trains nothing and downloads nothing. torch and transformers are imported by the
 from __future__ import annotations
 
 from nbmerge.demo.command import run
+from nbmerge.demo.hub import DemoHub, start_hub
 from nbmerge.demo.launch import DemoError, make_checkpoint, make_checkpoints
 from nbmerge.demo.proof import differences, differences_on_disk, differences_when_loaded
 from nbmerge.demo.recipes import DTYPES, LAYOUTS, DemoCheckpoint, Recipe
@@ -19,6 +20,7 @@ __all__ = [
     "LAYOUTS",
     "DemoCheckpoint",
     "DemoError",
+    "DemoHub",
     "Recipe",
     "differences",
     "differences_on_disk",
@@ -26,4 +28,5 @@ __all__ = [
     "make_checkpoint",
     "make_checkpoints",
     "run",
+    "start_hub",
 ]

@@ -106,3 +106,20 @@ def fill(model: Any, seed: int) -> None:
                 tensor.normal_(mean=1.0 if name.endswith("norm.weight") else 0.0, std=0.3, generator=generator)
             else:
                 tensor.random_(1, 1000, generator=generator)
+
+
+def with_adapter(model: Any, recipe: Recipe) -> Any:
+    """The model in peft's wrapper, with an adapter on all linear layers that is no longer as it was initialised."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(
+        r=recipe.lora_r, lora_alpha=2 * recipe.lora_r, target_modules="all-linear", task_type="CAUSAL_LM"
+    )
+    adapted = get_peft_model(model, config, autocast_adapter_dtype=False).eval()
+    generator = torch.Generator().manual_seed(recipe.seed + 1)
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_" in name:
+                parameter.normal_(std=0.05, generator=generator)
+    return adapted

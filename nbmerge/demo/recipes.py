@@ -49,6 +49,8 @@ class Recipe:
     world, and the experts are also cut by tensor parallelism. Its names are Megatron's.
     tied: whether lm_head shares the embedding. use_orig_params: FSDP1's option of that name.
     extra_buffers: adds a 0-d and a 1-d integer buffer that no model class knows. optimizer: also saves AdamW's state.
+    lora_r: above 0 an adapter of that rank is trained on, on all linear layers, with alpha = 2 · lora_r: the model is
+    wrapped by peft and saved with it, as verl does.
 
     Raises OptionError for a combination that cannot be made.
     """
@@ -64,6 +66,7 @@ class Recipe:
     use_orig_params: bool = True
     extra_buffers: bool = False
     optimizer: bool = False
+    lora_r: int = 0
     config: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -81,6 +84,11 @@ class Recipe:
             raise OptionError(
                 f"a mesh of {' × '.join(map(str, self.mesh))} does not fit a world of {self.world_size} processes",
                 fix="pass world_size and mesh_shape that multiply to it",
+            )
+        if self.lora_r < 0 or (self.lora_r and (self.is_megatron or self.has_tp)):
+            raise OptionError(
+                f"no {self.layout} checkpoint with an adapter of rank {self.lora_r} can be made",
+                fix="pass lora_r=8, say, and a layout of FSDP alone",
             )
         if self.is_megatron:
             self._check_megatron()
@@ -164,6 +172,7 @@ class DemoCheckpoint:
     path: the checkpoint as the framework lays it out; huggingface: config and tokenizer, which the checkpoint of
     Megatron-LM alone has not in it; reference: what `save_pretrained` wrote of the
     whole model before it was sharded; state: a `.pt` file with the state dict of that model, by in-memory name.
+    With LoRA both are the base model's, and adapter is what peft's `save_pretrained` wrote of the adapter.
     """
 
     directory: Path
@@ -190,3 +199,8 @@ class DemoCheckpoint:
     def state(self) -> Path:
         """The unsharded state dict."""
         return self.directory / "unsharded.pt"
+
+    @property
+    def adapter(self) -> Path:
+        """The unsharded adapter as peft saves it; there where the recipe has LoRA."""
+        return self.directory / "adapter"

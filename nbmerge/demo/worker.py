@@ -51,6 +51,8 @@ def _import_frameworks(jobs: list[DemoCheckpoint]) -> None:
         getattr(transformers, architecture(job.recipe.arch).model_class)
         if job.recipe.is_megatron:
             import nbmerge.demo.megatron.save  # noqa: F401
+        if job.recipe.lora_r:
+            import peft  # noqa: F401
 
 
 def _run_world(jobs: list[DemoCheckpoint], world_size: int, scratch: Path) -> str:
@@ -121,7 +123,7 @@ def write_fsdp_share(job: DemoCheckpoint, rank: int) -> None:
     import torch
 
     from nbmerge.demo.layouts import adamw_state, shard, state_dict
-    from nbmerge.demo.models import build_model
+    from nbmerge.demo.models import build_model, with_adapter
 
     recipe = job.recipe
     model = build_model(recipe)
@@ -129,6 +131,10 @@ def write_fsdp_share(job: DemoCheckpoint, rank: int) -> None:
     if rank == 0:
         write_truth(job, model)
         write_config(job, model)
+    if recipe.lora_r:
+        model = with_adapter(model, recipe)
+        if rank == 0:
+            write_adapter(job, model)
     model = shard(model, recipe)
     ending = f"world_size_{recipe.world_size}_rank_{rank}.pt"
     torch.save(state_dict(model, recipe), job.path / f"model_{ending}")
@@ -174,6 +180,14 @@ def write_config(job: DemoCheckpoint, model: Any) -> None:
     about = {"FSDP_version": recipe.fsdp_version, "world_size": recipe.world_size}
     (job.path / "fsdp_config.json").write_text(json.dumps(about, indent=4), encoding="utf-8")
     write_model_config(job, model)
+
+
+def write_adapter(job: DemoCheckpoint, model: Any) -> None:
+    """The adapter as peft saves it, beside the checkpoint, and in it the few facts that verl keeps of LoRA."""
+    model.save_pretrained(job.adapter)
+    config = model.peft_config["default"]
+    facts = {"r": config.r, "lora_alpha": config.lora_alpha, "task_type": config.task_type}
+    (job.path / "lora_train_meta.json").write_text(json.dumps(facts, indent=4), encoding="utf-8")
 
 
 def write_model_config(job: DemoCheckpoint, model: Any) -> None:

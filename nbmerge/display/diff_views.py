@@ -90,7 +90,7 @@ def _facts(diff: ModelDiff) -> Iterator[Fact]:
     found = diff.statistics
     sampled = "" if diff.looked.whole else f", {percent(diff.looked.share)} of all; what follows is of those"
     yield Fact("compared", f"{plural(len(diff.tensors), 'tensor')}, {plural(found.elements, 'element')}{sampled}")
-    yield from _measures(found)
+    yield from measures(found)
     if found.largest is not None:
         largest = next(t for t in diff.changed if t.statistics.largest == found.largest)
         yield Fact("largest |Δ|", f"{_largest(largest)} of {words.elide(largest.name)}")
@@ -101,7 +101,7 @@ def _facts(diff: ModelDiff) -> Iterator[Fact]:
     yield Fact("time", f"{words.duration(diff.looked.seconds)} for {words.byte_size(diff.looked.nbytes)} of both")
 
 
-def _measures(found: Statistics) -> Iterator[Fact]:
+def measures(found: Statistics) -> Iterator[Fact]:
     """What a tensor and a whole model have in common."""
     share = f"{found.changed:,} of {found.elements:,} elements, {percent(found.share)}"
     yield Fact("changed", share)
@@ -284,7 +284,7 @@ def tensor_diff_view(tensor: TensorDiff) -> View:
 def _tensor_facts(tensor: TensorDiff) -> Iterator[Fact]:
     if tensor.dtype_a != tensor.dtype_b:
         yield Fact("dtypes", f"{tensor.dtype_a} in A and {tensor.dtype_b} in B, compared as {tensor.compared_as}")
-    yield from _measures(tensor.statistics)
+    yield from measures(tensor.statistics)
     if tensor.statistics.largest is not None:
         yield Fact("largest |Δ|", _largest(tensor))
     if tensor.rank_one is not None:

@@ -6,9 +6,11 @@ from collections.abc import Iterator
 
 from nbmerge.display import words
 from nbmerge.display.model import ATTENTION, Alert, Cell, Column, Fact, Section, Table, View
-from nbmerge.errors import listing, plural
+from nbmerge.errors import ConfigError, listing, plural
 from nbmerge.export.hub import PushReport
 from nbmerge.export.proof import is_proved
+from nbmerge.naming.lora.facts import ADAPTER_DIRECTORY
+from nbmerge.naming.model import auto_class_name
 
 _ROWS = 20
 _CARDS = {
@@ -71,8 +73,16 @@ def _files(report: PushReport) -> Section:
 
 
 def _code(report: PushReport) -> tuple[str, ...]:
-    revision = "" if report.revision == "main" else f", revision={report.revision!r}"
-    return (
-        "from transformers import AutoModelForCausalLM",
-        f"model = AutoModelForCausalLM.from_pretrained({report.repo_id!r}{revision})",
-    )
+    """The lines that load it; none where no class is known."""
+    where = repr(report.repo_id) + ("" if report.revision == "main" else f", revision={report.revision!r}")
+    adapter = f"{where}, subfolder={ADAPTER_DIRECTORY!r}"
+    has_adapter = any(name.startswith(f"{ADAPTER_DIRECTORY}/") for name in report.files)
+    peft = ("from peft import PeftModel", f"model = PeftModel.from_pretrained({{}}, {adapter})")
+    if has_adapter and not report.architecture:
+        return peft[0], peft[1].format("base_model")
+    try:
+        loader = auto_class_name(report.architecture)
+    except ConfigError:
+        return ()
+    lines = (f"from transformers import {loader}", f"model = {loader}.from_pretrained({where})")
+    return (*lines, peft[0], peft[1].format("model")) if has_adapter else lines

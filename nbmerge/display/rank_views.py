@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from nbmerge.display import words
 from nbmerge.display.collapse import numbers_in_words
 from nbmerge.display.model import Cell, Column, Section, Table
-from nbmerge.display.shards import file_label, has_ranks, holders_of, is_stored_once
+from nbmerge.display.shards import file_label, has_ranks, is_stored_once
 from nbmerge.errors import listing, plural
 from nbmerge.geometry import Box
 from nbmerge.layout import Checkpoint, LazyTensor
@@ -57,16 +57,21 @@ class _Axes:
 
     def note(self, held: _Held, box: Box) -> None:
         """Writes down what the box is of."""
-        for found, number, dim in (
-            (held.layers, self.layer, self.layer_dim),
-            (held.experts, self.expert, self.expert_dim),
-        ):
-            if number is not None:
-                found.add(number)
-            elif dim is not None and dim < len(box.shape):
-                found.update(range(box.offset[dim], box.stop[dim]))
+        if self.layer is not None:
+            held.layers.add(self.layer)
+        elif self.layer_dim is not None:
+            held.layers.update(_along(box, self.layer_dim))
+        if self.expert is not None:
+            held.experts.add(self.expert)
+        elif self.expert_dim is not None:
+            held.experts.update(_along(box, self.expert_dim))
         if self.module:
             held.beside.setdefault(self.module)
+
+
+def _along(box: Box, dim: int) -> range:
+    """The indices of a dimension that the box holds; none of a dimension that it has not."""
+    return range(box.offset[dim], box.offset[dim] + box.shape[dim]) if dim < len(box.shape) else range(0)
 
 
 def ranks_section(checkpoint: Checkpoint) -> Iterator[Section]:
@@ -93,14 +98,15 @@ _WROTE = "one copy of everything is stored: what several ranks held is counted a
 def _add(held: dict[int, _Held], tensor: LazyTensor) -> None:
     axes = _Axes.of(tensor.name)
     for chunk in tensor.chunks:
-        if not chunk.box.numel:
+        numel = chunk.box.numel
+        if not numel:
             continue
-        stored = {chunk.rank: chunk.stored, **dict(chunk.replicas)}
-        for rank in holders_of(chunk):
-            one = held.setdefault(rank, _Held())
+        nbytes = numel * chunk.stored.dtype.itemsize
+        for rank, stored in ((chunk.rank, chunk.stored), *chunk.replicas):
+            one = held.get(rank) or held.setdefault(rank, _Held())
             one.pieces += 1
-            one.nbytes += stored[rank].nbytes
-            one.file = one.file or stored[rank].file
+            one.nbytes += nbytes
+            one.file = one.file or stored.file
             axes.note(one, chunk.box)
 
 

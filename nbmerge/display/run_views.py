@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator
 
 from nbmerge.display import words
@@ -12,6 +13,7 @@ from nbmerge.runs import Found, Run
 
 _ROWS = 30
 _ALERTS = 6
+_PASSED = 4
 
 
 def run_view(run: Run) -> View:
@@ -31,7 +33,9 @@ def _sentence(run: Run) -> str:
     whole = sum(each.is_whole for each in run)
     steps = f" of {plural(len(run.steps), 'step')}" if run.steps else ""
     broken = f", {len(run) - whole:,} not" if whole < len(run) else ""
-    return f"{plural(len(run), 'directory')}{steps} below {words.elide(run.path.name)}: {whole:,} whole{broken}"
+    unopened = f", {len(run.unopened):,} of lower steps not opened" if run.unopened else ""
+    count = plural(len(run) + len(run.unopened), "directory")
+    return f"{count}{steps} in {words.elide(run.path.resolve().name)}: {whole:,} whole{broken}{unopened}"
 
 
 def _alerts(run: Run) -> Iterator[Alert]:
@@ -45,6 +49,9 @@ def _alerts(run: Run) -> Iterator[Alert]:
             words.elide(f"{_path(each, run)}: {problem.what}", words.PROSE_LIMIT),
             tuple((label, words.elide(text, words.PROSE_LIMIT)) for label, text in details if text),
         )
+    if run.is_cut:
+        fix = (("fix", "pass a directory further down"),)
+        yield Alert(ATTENTION, "not all directories below were looked at: there are too many", fix)
     if len(broken) > _ALERTS:
         yield Alert(ATTENTION, f"{plural(len(broken) - _ALERTS, 'further directory')} not whole; see the table")
 
@@ -56,8 +63,8 @@ def _facts(run: Run) -> Iterator[Fact]:
     tracked = [each for each in run if each.is_latest]
     if tracked:
         yield Fact("newest by the tracker", listing(dict.fromkeys(f"step {each.step:,}" for each in tracked)))
-    if run.latest is not None:
-        yield Fact("pass", words.elide(str(run.latest.path), 2 * words.NAME_LIMIT), code=True)
+    for place, each in enumerate(run.newest[:_PASSED]):  # in full, as they are to be copied
+        yield Fact("pass" if place == 0 else "or", words.visible(shlex.quote(str(each.path))), code=True)
 
 
 def _checkpoints(run: Run) -> Section:
@@ -65,10 +72,11 @@ def _checkpoints(run: Run) -> Section:
         Column("directory", code=True), Column("step", number=True), Column("back end"), Column("layout"),
         Column("ranks", number=True), Column("tensors", number=True), Column("bytes", number=True), Column("state"),
     )  # fmt: skip
-    rows = tuple(_row(each, run) for each in run.found[:_ROWS])
-    hidden = max(len(run) - _ROWS, 0) + run.hidden
-    table = Table(columns, rows, hidden=hidden, rows_are="directories", rest=".found" if not run.hidden else "")
-    return Section("Checkpoints", plural(len(run), "directory"), tables=(table,), opened=True)
+    rows = tuple(_row(each, run) for each in run.found[-_ROWS:])  # the highest steps
+    hidden = max(len(run) - _ROWS, 0) + len(run.unopened)
+    rest = ".unopened" if run.unopened else ".found"
+    table = Table(columns, rows, hidden=hidden, rows_are="directories", rest=rest)
+    return Section("Checkpoints", plural(len(run) + len(run.unopened), "directory"), tables=(table,), opened=True)
 
 
 def _row(each: Found, run: Run) -> tuple[Cell, ...]:
@@ -95,4 +103,5 @@ def _path(each: Found, run: Run) -> str:
 def _code(run: Run) -> tuple[str, ...]:
     if run.latest is None:
         return ()
-    return (f"ckpt = nbmerge.open_checkpoint({str(run.latest.path)!r})", "ckpt")
+    path = str(run.latest.path)
+    return (f"ckpt = nbmerge.open_checkpoint({path!r})", "ckpt")

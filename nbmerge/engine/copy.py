@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -53,6 +54,11 @@ class Runs:
         """Bytes that the job writes."""
         return sum(run.length for run in self.runs)
 
+    @property
+    def span(self) -> tuple[int, int]:
+        """The first byte of the output that the job writes, and the one after the last."""
+        return min(run.offset for run in self.runs), max(run.offset + run.length for run in self.runs)
+
 
 @dataclass(frozen=True, slots=True)
 class Block:
@@ -67,6 +73,13 @@ class Block:
     def nbytes(self) -> int:
         """Bytes that the job writes."""
         return self.region.numel * self.expr.dtype.itemsize
+
+    @property
+    def span(self) -> tuple[int, int]:
+        """The first byte of the output that the job writes, and the one after the last."""
+        last = tuple(stop - 1 for stop in self.region.stop)
+        first, end = ravel(self.region.offset, self.expr.shape), ravel(last, self.expr.shape) + 1
+        return self.offset + first * self.expr.dtype.itemsize, self.offset + end * self.expr.dtype.itemsize
 
 
 Job = Runs | Block
@@ -135,7 +148,15 @@ def carry_out(job: Job, target: int, sources: LocalFiles) -> None:
         for run in job.runs:
             with sources.descriptor(run.file) as source:
                 copy_run(source, target, run)
-        return
+    else:
+        _make(job, target, sources)
+    start, stop = job.span
+    if stop - start == job.nbytes:
+        _begin_write_out(target, start, stop - start)
+
+
+def _make(job: Block, target: int, sources: LocalFiles) -> None:
+    """Puts a block together in memory, and writes it."""
     buffer = words(job.region.shape, job.expr.dtype)
     fill(buffer, job.region, job.parts, sources)
     data, at, itemsize = buffer.reshape(-1).view(np.uint8).data, 0, job.expr.dtype.itemsize
@@ -161,3 +182,14 @@ def write_all(target: int, data: memoryview, offset: int) -> None:
     done = 0
     while done < len(data):
         done += os.pwrite(target, data[done:], offset + done)
+
+
+def _begin_write_out(target: int, offset: int, length: int) -> None:
+    """Lets the disk begin with finished bytes while others are copied, so that the last sync finds little to do.
+
+    A hint: what it does not do, or fails at, the sync does and tells.
+    """
+    if hasattr(os, "posix_fadvise"):
+        with suppress(OSError):
+            # Linux queues a range that is not wanted in memory for writing at once, and drops only what is clean.
+            os.posix_fadvise(target, offset, length, os.POSIX_FADV_DONTNEED)

@@ -15,6 +15,7 @@ from nbmerge.geometry import Shape
 from nbmerge.plan import OutputFile, OutputTensor
 
 _AGAIN = "copy or download it again, or write it again: merge once more"
+POINTER = b"version https://git-lfs"  # what a file begins with that git-lfs has not fetched
 _MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library
 
 
@@ -98,6 +99,7 @@ def read_header(path: Path) -> dict[str, Entry]:
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise CorruptFileError(
             f"the safetensors header cannot be read: {error}", where=str(path),
+            why="it is the pointer of git-lfs, not the file itself: git lfs pull" if _is_pointer(path) else "",
             fix=_AGAIN,
         ) from error  # fmt: skip
     end = 8 + length
@@ -116,13 +118,21 @@ def read_header(path: Path) -> dict[str, Entry]:
     return entries
 
 
+def _is_pointer(path: Path) -> bool:
+    with path.open("rb") as stream:
+        return stream.read(len(POINTER)) == POINTER
+
+
 def _entries(content: object, start: int) -> Iterator[tuple[str, Entry]]:
     if not isinstance(content, dict):
         raise TypeError("it is no JSON object")
     for name, entry in content.items():
         if name == "__metadata__":
             continue
-        dtype, shape = BY_CODE[str(entry["dtype"])], tuple(map(_size, entry["shape"]))
+        code = str(entry["dtype"])
+        if code not in BY_CODE:
+            raise ValueError(f"{name!r} has elements of type {code!r}, which is not known here")
+        dtype, shape = BY_CODE[code], tuple(map(_size, entry["shape"]))
         first, stop = map(_size, entry["data_offsets"])
         if stop - first != prod(shape) * dtype.itemsize:
             raise ValueError(f"{name!r} of shape {list(shape)} and dtype {dtype} has {stop - first:,} bytes")

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from nbmerge.errors import HubError, listing
+from nbmerge.errors import HubError, OptionError, listing
 from nbmerge.export.hub_errors import no_token_error, offline_error, status_of, told
 
 if TYPE_CHECKING:
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 _TOKENS = "https://huggingface.co/settings/tokens"
 _WRITING = {"repo.write", "repo.content.write"}
+_SCOPES = {"user", "org", "model", "dataset", "space"}
 
 
 @dataclass(frozen=True)
@@ -38,11 +39,13 @@ def check_access(
 
     repo_id: `user/name`, or `name` for the token's own user. Raises HubError for a name that cannot be one, where
     there is no token, an invalid one or one that may only read, for a namespace that is not the user's, and for a
-    public repository where a private one is asked for.
+    public repository where a private one is asked for; OptionError for what is no text.
     """
     from huggingface_hub import HfApi, constants, get_token
     from huggingface_hub.utils import validate_repo_id
 
+    if not isinstance(repo_id, str):
+        raise OptionError(f"a {type(repo_id).__name__} is no repository", fix="name it user/name")
     with told(repo_id, token or get_token()):
         validate_repo_id(repo_id)
         if constants.HF_HUB_OFFLINE:
@@ -58,19 +61,21 @@ def check_access(
         _refuse_stranger(found, user, namespace, name, repo_id)
         full = f"{namespace or user}/{name}"
         _refuse_narrow(access_token, full)
-        exists = _exists(api, full, private=private)
+        exists = is_there(api, full, private=private)
     return Access(full, user, exists)
 
 
 def _refuse_stranger(found: dict[str, Any], user: str, namespace: str, name: str, repo_id: str) -> None:
-    roles = {str(each.get("name", "")): each.get("roleInOrg") for each in _mappings(found.get("orgs"))}
-    if namespace and namespace not in (user, *roles):
+    orgs = {str(each.get("name", "")): each for each in _mappings(found.get("orgs"))}
+    if namespace and namespace not in (user, *orgs):
         raise HubError(
             f"the token is {user}'s, who does not belong to {namespace}", where=repo_id,
-            why=f"its namespaces are {listing([user, *roles], shown=8)}",
+            why=f"its namespaces are {listing([user, *orgs], shown=8)}",
             fix=f"push to {user}/{name}, or take a token of somebody in {namespace}",
         )  # fmt: skip
-    if roles.get(namespace) == "read":
+    org = orgs.get(namespace, {})
+    groups = (each.get("role") for each in _mappings(org.get("resourceGroups")))
+    if org.get("roleInOrg") == "read" and not any(role not in (None, "read") for role in groups):
         raise HubError(
             f"{user} may only read in {namespace}", where=repo_id, why="that is the role there",
             fix=f"push to {user}/{name}, or ask {namespace} for the role write",
@@ -94,8 +99,10 @@ def _refuse_narrow(token: Mapping[str, Any], repo_id: str) -> None:
     entities = (repo_id, repo_id.partition("/")[0])
     for scope in scopes:
         allowed = scope.get("permissions")
-        writes = isinstance(allowed, list) and bool(_WRITING.intersection(allowed))
-        if writes and _mapping(scope, "entity").get("name") in entities:
+        writes = isinstance(allowed, list) and bool(_WRITING.intersection(map(str, allowed)))
+        entity = _mapping(scope, "entity")
+        # What else a scope may be of, such as a group of repositories, cannot be told to leave this one out.
+        if writes and (entity.get("name") in entities or entity.get("type") not in _SCOPES):
             return
     raise HubError(
         "the token may not write there", where=repo_id,
@@ -104,7 +111,7 @@ def _refuse_narrow(token: Mapping[str, Any], repo_id: str) -> None:
     )  # fmt: skip
 
 
-def _exists(api: HfApi, repo_id: str, *, private: bool) -> bool:
+def is_there(api: HfApi, repo_id: str, *, private: bool) -> bool:
     """Whether the repository is there. Raises HubError where it is public and a private one is asked for."""
     try:
         found = api.model_info(repo_id)

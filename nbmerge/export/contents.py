@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +19,25 @@ _FOLDERS = {"lora_adapter", "chat_templates", "additional_chat_templates"}
 
 @dataclass(frozen=True)
 class Contents:
-    """files: by path in the repository, with where they are; left_out: what the directory holds beside."""
+    """files: by path in the repository, with where they are; left_out: what the directory holds beside; a folder of
+    which nothing belongs to a model is named once. stamps: size and time of each file when it was listed.
+    """
 
     files: dict[str, Path]
     left_out: tuple[str, ...]
+    stamps: dict[str, tuple[int, int]]
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all files."""
-        return sum(path.stat().st_size for path in self.files.values())
+    def sizes(self) -> dict[str, int]:
+        """Bytes of each file."""
+        return {name: self.stamps[name][0] for name in self.files}
+
+    def without(self, name: str) -> Contents:
+        """The same, but for a file that stays here."""
+        return replace(self, files={each: path for each, path in self.files.items() if each != name})
+
+    def changed(self) -> list[str]:
+        """The files that are not as they were when they were listed."""
+        return [name for name, path in self.files.items() if _stamp(path) != self.stamps[name]]
 
 
 def contents_of(directory: Path, receipt: dict[str, Any]) -> Contents:
@@ -40,22 +50,33 @@ def contents_of(directory: Path, receipt: dict[str, Any]) -> Contents:
     recorded = {str(entry.get("name")) if isinstance(entry, dict) else str(entry) for entry in entries}
     files: dict[str, Path] = {}
     left_out: list[str] = []
-    for name in _names(directory):
+    for name in _names(directory, recorded):
         path = directory / name
-        if name not in recorded and not _is_taken(path, name, recorded):
+        is_other = name not in recorded and not _is_taken(path, name, recorded)
+        if is_other or (path.exists() and not path.is_file() and not path.is_symlink()):  # a pipe, say
             left_out.append(name)
             continue
-        if not _stays(path.resolve(), directory.resolve()):
+        if path.is_dir() or not _stays(path.resolve(), directory.resolve()):
             raise OptionError(
-                f"{name} is a link out of the directory", where=str(path),
-                why="what it leads to may not be meant for the world", fix="copy the file there, or remove the link",
+                f"{name} is a link {'to a' if path.is_dir() else 'out of the'} directory", where=str(path),
+                why="what it leads to may not be meant for the world", fix="copy it there, or remove the link",
             )  # fmt: skip
         files[name] = path
     if not any(name.endswith(".safetensors") for name in files):
         raise NotACheckpointError(
-            "there are no weights to upload", where=str(directory), fix="pass the directory that a merge wrote"
-        )
-    return Contents(files, tuple(left_out))
+            "there are no weights to upload", where=str(directory), why="no .safetensors file of a model is in it",
+            fix="pass the directory that a merge wrote; a training checkpoint is merged first",
+        )  # fmt: skip
+    return Contents(files, tuple(left_out), {name: _stamp(path) for name, path in files.items()})
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    """Size and time of change; (-1, -1) for a file that is gone."""
+    try:
+        found = path.stat()
+    except OSError:
+        return -1, -1
+    return found.st_size, found.st_mtime_ns
 
 
 def _stays(real: Path, directory: Path) -> bool:
@@ -69,15 +90,23 @@ def _is_taken(path: Path, name: str, recorded: set[str]) -> bool:
     Weights that a merge did not write do not, nor pickled ones: they hold another model, or the same one twice.
     """
     folder, _, last = name.rpartition("/")
+    if not last:  # a folder
+        return folder in _FOLDERS
     if last == RECEIPT_NAME:
         return not folder
-    if last.startswith(".") or last.endswith(_PICKLED) or (recorded and ".safetensors" in last):
+    if last.startswith((".", "optimizer")) or last.endswith(_PICKLED) or (recorded and ".safetensors" in last):
         return False
     return (not folder or folder in _FOLDERS) and is_model_file(path)
 
 
-def _names(directory: Path) -> Iterator[str]:
+def _names(directory: Path, recorded: set[str]) -> Iterator[str]:
+    """The files of a directory, and `folder/` for links to one and for those in which nothing of a model can be."""
+    kept = _FOLDERS | {name.partition("/")[0] for name in recorded if "/" in name}
     for root, folders, names in os.walk(directory):
+        if Path(root) == directory:
+            walked = [folder for folder in folders if folder in kept and not (directory / folder).is_symlink()]
+            yield from sorted(f"{folder}/" for folder in set(folders) - set(walked))
+            folders[:] = walked
         folders.sort()
         for name in sorted(names):
             yield (Path(root) / name).relative_to(directory).as_posix()

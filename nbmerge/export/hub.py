@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import fcntl
 import os
-import tempfile
-import time
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nbmerge.errors import HubError, NotACheckpointError, OptionError, VerificationError
-from nbmerge.export.access import Access, check_access, is_left_to_rank_0
-from nbmerge.export.contents import CARD, Contents, contents_of
+from nbmerge.errors import HubError, NbmergeError, NotACheckpointError, OptionError
+from nbmerge.export.access import check_access, is_left_to_rank_0
+from nbmerge.export.contents import contents_of
 from nbmerge.export.hub_errors import told
-from nbmerge.export.model_card import base_model_of, model_card
+from nbmerge.export.model_card import architecture_of, base_model_of, check_base_model, model_card
 from nbmerge.export.proof import is_proved
-from nbmerge.export.repository import confirm, stale_weights
+from nbmerge.export.upload import Wanted, bars, upload
 from nbmerge.json_files import json_object
 from nbmerge.opening import PathLike
 from nbmerge.options import expanded_path
@@ -32,7 +31,8 @@ if TYPE_CHECKING:
 
 # What can be known of a directory without loading the model.
 _CHECKS = ("headers", "index", "paths", "config", "structure", "tied", "health")
-_WITH_RECEIPT = (*_CHECKS, "receipt")
+# What a validation that the user brings must still be true of.
+_SINCE = ("headers", "index")
 
 
 @dataclass(frozen=True, repr=False)
@@ -43,7 +43,7 @@ class PushReport(Displayed):
     what the commit holds; left_out: files of the directory that stayed here; card: whether README.md was `written`,
     was in the directory (`taken`), or in the repository and was left (`kept`); stale: weights in the repository that
     are not of this model, left alone; removed: those that `replace` deleted; validation: what was checked before;
-    seconds: of the upload.
+    architecture: the class that config.json names; seconds: of the upload.
     """
 
     repo_id: str
@@ -57,6 +57,7 @@ class PushReport(Displayed):
     stale: tuple[str, ...] = ()
     removed: tuple[str, ...] = ()
     validation: ValidationReport | None = None
+    architecture: str = ""
     seconds: float = 0.0
 
 
@@ -81,88 +82,60 @@ def push_to_hub(
         nbmerge.push_to_hub(report, "me/my-model", private=True)
 
     source: a merge's report, or a directory. private: of a repository that is made. revision: a branch, made if need
-    be; `main` by default. validation: what `validate` found of this directory; by default its files, structure and
-    health are checked now. Nothing is uploaded that does not pass, unless force is given. A model card is written from
-    the receipt where neither the directory nor the repository has one; overwrite_card replaces the repository's.
-    replace: delete, in the same commit, weights in the repository that are none of this model's; without it those
-    that transformers would load in place of these are an error, and others are left and told. base_model: for the
-    card; by default what config.json names, where the Hub has it.
-    token: of huggingface_hub's login by default. An upload that broke off goes on where it stopped when called again.
-    Under torchrun only rank 0 uploads; the report of the others has no commit.
+    be; `main` by default. validation: what `validate` found of this directory, whose files are then only looked over;
+    by default files, structure and health are checked now. Nothing is uploaded that does not pass, unless force is
+    given. A model card is written from the receipt where neither the directory nor the repository has one;
+    overwrite_card replaces the repository's. base_model: for that card; by default what config.json names, where the
+    Hub has it. replace: delete, in the same commit, weights in the repository that are none of this model's; without
+    it those that transformers would load in place of these are an error, and others are left and told. token: of
+    huggingface_hub's login by default. An upload that broke off goes on where it stopped when called again. Under
+    torchrun only rank 0 uploads; the report of the others has no commit.
 
     Raises HubError, each in a sentence with its remedy; VerificationError where the directory does not pass;
     NotACheckpointError, OptionError.
     """
     directory = _directory_of(source)
+    check_base_model(base_model)
     where = revision or "main"
     if is_left_to_rank_0():
         return PushReport(repo_id, where, f"{endpoint or _endpoint()}/{repo_id}")
     access = check_access(repo_id, private=private, token=token, endpoint=endpoint)
     receipt = json_object(directory / RECEIPT_NAME)
     contents = contents_of(directory, receipt)
-    from huggingface_hub import HfApi
+    from huggingface_hub import HfApi, get_token
 
+    api = HfApi(endpoint=endpoint, token=token)
     with _alone(directory):
-        found = validation if validation is not None else _validated(directory, bool(receipt), progress)
-        if not force:
-            _refuse_unproved(found, directory)
-        asked = _Asked(where, commit_message or _message(receipt), private, overwrite_card, replace, base_model)
-        api = HfApi(endpoint=endpoint, token=token)
-        return _push(api, access, asked, directory, contents, receipt, found, progress)
+        found = _proof(directory, validation, force=force, has_receipt=bool(receipt), progress=progress)
+        wanted = Wanted(where, commit_message or _message(receipt), private, overwrite_card, replace)
+
+        def card() -> str:
+            base = base_model or _known_base(api, directory, access.repo_id)
+            return model_card(directory, access.repo_id, receipt, found, base)
+
+        with told(repo_id, token or get_token()), bars(progress):
+            done = upload(api, access, wanted, contents, card)
+    return PushReport(
+        access.repo_id, where, f"{api.endpoint}/{access.repo_id}", done.commit, done.files, done.nbytes,
+        contents.left_out, done.card, done.stale, done.removed, found, architecture_of(directory), done.seconds,
+    )  # fmt: skip
 
 
 def push_merged(report: MergeReport, repo_id: str, *, private: bool, progress: bool | None) -> PushReport:
     """The upload that ends a merge. Raises as `push_to_hub` does, and says that the merge itself is complete."""
+    again = f"python -m nbmerge push {shlex.quote(str(report.target))} {shlex.quote(repo_id)}"
+    again += " --private" if private else ""
     try:
         return push_to_hub(report, repo_id, private=private, progress=progress)
-    except (HubError, VerificationError) as error:
+    except NbmergeError as error:
         problem = error.problem
-        again = f"then: python -m nbmerge push {report.target} {repo_id}" + (" --private" if private else "")
         raise type(error)(
-            f"the merge is complete, and not uploaded: {problem.what}",
-            where=f"{report.target} → {repo_id}", why=problem.why, fix="; ".join(filter(None, (problem.fix, again))),
+            f"the merge is complete, and not uploaded: {problem.what}", where=f"{report.target} → {repo_id}",
+            why=problem.why, fix="; ".join(filter(None, (problem.fix, f"then: {again}"))),
             problems=error.problems if error.problems != (problem,) else (),
         ) from None  # fmt: skip
-
-
-@dataclass(frozen=True)
-class _Asked:
-    """What the user wants of the repository."""
-
-    revision: str
-    message: str
-    private: bool
-    overwrite_card: bool
-    replace: bool
-    base_model: str | None
-
-
-def _push(
-    api: HfApi, access: Access, asked: _Asked, directory: Path, contents: Contents, receipt: dict[str, Any],
-    found: ValidationReport, progress: bool | None,
-) -> PushReport:  # fmt: skip
-    from huggingface_hub import get_token
-
-    repo_id, start = access.repo_id, time.perf_counter()
-    with told(repo_id, api.token or get_token()), _bars(progress):
-        if not access.exists:
-            api.create_repo(repo_id, private=asked.private or None, exist_ok=True)
-        if asked.revision != "main":
-            api.create_branch(repo_id, branch=asked.revision, exist_ok=True)
-        there = set(api.list_repo_files(repo_id, revision=asked.revision))
-        stale = stale_weights(there, contents, repo_id, replace=asked.replace)
-        card = _whose_card(contents, there, overwrite=asked.overwrite_card)
-        base = asked.base_model or _known_base(api, directory)
-        text = model_card(directory, repo_id, receipt, found, base) if card == "written" else ""
-        removed = stale if asked.replace else ()
-        commit = _upload(api, repo_id, asked, contents, text, removed)
-        confirm(api, repo_id, commit, contents, text)
-    names = tuple(sorted({*contents.files, *([CARD] if text else [])}))
-    return PushReport(
-        repo_id, asked.revision, f"{api.endpoint}/{repo_id}", commit, names,
-        contents.nbytes + len(text.encode()), contents.left_out, card, () if removed else stale, removed, found,
-        time.perf_counter() - start,
-    )  # fmt: skip
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"the merge is complete; to upload it: {again}") from None
 
 
 def _directory_of(source: MergeReport | PathLike) -> Path:
@@ -175,57 +148,36 @@ def _directory_of(source: MergeReport | PathLike) -> Path:
     directory = expanded_path(os.fspath(source))
     if not directory.is_dir():
         raise NotACheckpointError(
-            "there is no such directory", where=str(directory), fix="pass the directory that a merge wrote"
+            "this is a file; a model is a directory" if directory.exists() else "there is no such directory",
+            where=str(directory),
+            fix="pass the directory that a merge wrote",
         )
     return directory
 
 
-def _validated(directory: Path, has_receipt: bool, progress: bool | None) -> ValidationReport:
+def _proof(
+    directory: Path, brought: ValidationReport | None, *, force: bool, has_receipt: bool, progress: bool | None
+) -> ValidationReport:  # fmt: skip
+    """What is known of the directory. Raises VerificationError where it is not enough, unless that is forced."""
     from nbmerge.validator import Validator
 
-    checks = _WITH_RECEIPT if has_receipt else _CHECKS
-    return Validator(directory, checks=checks, no_run=True).validate(progress=progress)
-
-
-def _refuse_unproved(found: ValidationReport, directory: Path) -> None:
-    if found.directory.resolve() != directory.resolve():
+    if brought is not None and brought.directory.resolve() != directory.resolve():
         raise OptionError(
-            f"the validation is of {found.directory}, and {directory} is to be uploaded", fix="validate that directory"
+            f"the validation is of {brought.directory}, and {directory} is to be uploaded",
+            fix="validate that directory",
         )
-    if not is_proved(found):
-        found.raise_if_failed()
+    checks = (*(_CHECKS if brought is None else _SINCE), *(["receipt"] if has_receipt else []))
+    now = Validator(directory, checks=checks, no_run=True).validate(progress=progress)
+    for found in (now,) if brought is None else (brought, now):
+        if not force and not is_proved(found):
+            found.raise_if_failed()
+    return now if brought is None else brought
 
 
-def _whose_card(contents: Contents, there: set[str], *, overwrite: bool) -> str:
-    """Whose README.md it is. The repository's own is never replaced unasked."""
-    if CARD in there and not overwrite:
-        contents.files.pop(CARD, None)
-        return "kept"
-    return "taken" if CARD in contents.files else "written"
-
-
-def _known_base(api: HfApi, directory: Path) -> str | None:
+def _known_base(api: HfApi, directory: Path, repo_id: str) -> str | None:
     """The base model that the directory names, where the Hub has one: a relative path may look like a name."""
     named = base_model_of(directory)
-    return named if named is not None and api.repo_exists(named) else None
-
-
-def _upload(
-    api: HfApi, repo_id: str, asked: _Asked, contents: Contents, card: str, removed: tuple[str, ...]
-) -> str:  # fmt: skip
-    """The commit of all files. They are linked into one directory, because a card must not change the user's own."""
-    with tempfile.TemporaryDirectory(prefix="nbmerge-push-") as staged:
-        for name, path in contents.files.items():
-            link = Path(staged) / name
-            link.parent.mkdir(parents=True, exist_ok=True)
-            link.symlink_to(path.resolve())
-        if card:
-            (Path(staged) / CARD).write_bytes(card.encode())
-        made = api.upload_folder(
-            repo_id=repo_id, folder_path=staged, revision=asked.revision, commit_message=asked.message,
-            delete_patterns=list(removed) or None,
-        )  # fmt: skip
-    return str(made.oid)
+    return named if named is not None and named != repo_id and api.repo_exists(named) else None
 
 
 def _message(receipt: dict[str, Any]) -> str:
@@ -256,18 +208,3 @@ def _alone(directory: Path) -> Iterator[None]:
         yield
     finally:
         os.close(opened)
-
-
-@contextmanager
-def _bars(progress: bool | None) -> Iterator[None]:
-    """The client's own progress bars, unless they are not wanted."""
-    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
-
-    if progress is not False or are_progress_bars_disabled():
-        yield
-        return
-    disable_progress_bars()
-    try:
-        yield
-    finally:
-        enable_progress_bars()

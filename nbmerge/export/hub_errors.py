@@ -73,7 +73,10 @@ def _told(error: Exception, repo_id: str, token: str | None) -> HubError:
         server = getattr(error, "server_message", None)
         why = one_line(_hidden(str(server), token), limit=300) if server else ""
         return HubError(what, where=repo_id, why=why, fix=fix)
-    if isinstance(error, ValueError):  # an answer that makes no sense, a README.md whose metadata it refuses
+    if isinstance(error, ValueError) and "LFS batch" in str(error) and _STORAGE.search(str(error)):
+        what, fix = _NO_ROOM
+    elif isinstance(error, (ValueError, TypeError, LookupError, AttributeError)):
+        # An answer that makes no sense, a README.md whose metadata it refuses.
         what, fix = "the Hub, or its client, refuses the upload", "put right what it names, and push again"
     elif isinstance(error, OSError) and error.filename is not None:
         what, fix = "a file could not be read", f"look at the file, and {_AGAIN}"
@@ -119,7 +122,10 @@ _ANSWERS = {
         "the token may not write there",
         "take a token with the role write, and a namespace that you belong to; private storage may also be full",
     ),
-    404: ("the repository is not there, or the token may not see it", "look at the name, and whose token it is"),
+    404: (
+        "the repository is not there, or the token may not see it",
+        "look at the name, whose token it is, and HF_ENDPOINT",
+    ),
     409: ("somebody else changed the repository meanwhile", _AGAIN),
     412: ("somebody else changed the repository meanwhile", _AGAIN),
     413: ("a file, or the repository, is larger than the Hub accepts", "merge again with a smaller max_shard_size"),

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from nbmerge.errors import listing, plural
+from nbmerge.engine.safetensors_file import read_header
+from nbmerge.errors import CorruptFileError, OptionError, listing, one_line, plural
 from nbmerge.export.proof import is_proved
 from nbmerge.json_files import json_object
-from nbmerge.runs import step_of
+from nbmerge.naming.lora.facts import ADAPTER_DIRECTORY
+from nbmerge.run_search import step_of
 from nbmerge.validation.report import ValidationReport
 
-_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 _LISTED = 8
 
 
@@ -26,20 +29,21 @@ def model_card(
     base_model: the Hub's name of the model that training started from.
     """
     config = json_object(directory / "config.json")
-    lines = ["---", *_metadata(config, base_model), "---", "", f"# {repo_id.rpartition('/')[2]}", ""]
+    lines = ["---", *_metadata(directory, config, base_model), "---", "", f"# {repo_id.rpartition('/')[2]}", ""]
     lines += [_opening(config, receipt), ""]
-    facts = list(_facts(config, receipt))
+    facts = list(_facts(directory, receipt))
     if facts:
-        lines += ["| | |", "|---|---|", *(f"| {name} | {_cell(value)} |" for name, value in facts), ""]
+        lines += ["| | |", "|---|---|", *(f"| {name} | {_plain(value)} |" for name, value in facts), ""]
     changes = list(_changes(receipt))
     if changes:
-        lines += ["## What the merge changed", "", *(f"- {_cell(change)}" for change in changes), ""]
+        lines += ["## What the merge changed", "", *(f"- {change}" for change in changes), ""]
     lines += ["## How it was checked", "", *_checked(receipt, validation), ""]
     return "\n".join(lines)
 
 
-def _metadata(config: dict[str, Any], base_model: str | None) -> Iterator[str]:
-    yield "library_name: transformers"
+def _metadata(directory: Path, config: dict[str, Any], base_model: str | None) -> Iterator[str]:
+    is_adapter = not config and (directory / ADAPTER_DIRECTORY).is_dir()
+    yield f"library_name: {'peft' if is_adapter else 'transformers'}"
     if base_model is not None:
         yield f"base_model: {base_model}"
     if (tag := _TASKS.get(_architecture(config).rpartition("For")[2])) is not None:
@@ -47,6 +51,20 @@ def _metadata(config: dict[str, Any], base_model: str | None) -> Iterator[str]:
 
 
 _TASKS = {"CausalLM": "text-generation", "TokenClassification": "token-classification"}
+
+
+def check_base_model(name: str | None) -> None:
+    """Raises OptionError for what cannot be a model on the Hub: the card's reader can load nothing else."""
+    if name is not None and not (isinstance(name, str) and _HUB_NAME.fullmatch(name)):
+        raise OptionError(
+            f"base_model={str(name)!r} is no model on the Hub", why="it stands in the card, for others to load",
+            fix="name it user/name, e.g. Qwen/Qwen3-8B, or leave it out",
+        )  # fmt: skip
+
+
+def architecture_of(directory: Path) -> str:
+    """The class that config.json names; empty where it names none."""
+    return _architecture(json_object(directory / "config.json"))
 
 
 def base_model_of(directory: Path) -> str | None:
@@ -64,7 +82,7 @@ def _architecture(config: dict[str, Any]) -> str:
 
 
 def _opening(config: dict[str, Any], receipt: dict[str, Any]) -> str:
-    what = f"`{_architecture(config)}`" if _architecture(config) else "A model"
+    what = _code(_architecture(config)) if _architecture(config) else "A model"
     if not receipt:
         return f"{what}, uploaded with [nbmerge](https://pypi.org/project/nbmerge-ckpt/)."
     source = _part(receipt, "source")
@@ -72,28 +90,42 @@ def _opening(config: dict[str, Any], receipt: dict[str, Any]) -> str:
     if isinstance(averaged, list) and averaged:
         origin = f"the average of {len(averaged)} checkpoints"
     else:
-        origin = f"a training checkpoint ({source.get('layout', 'of an unknown layout')})"
-    return f"{what}, merged from {origin} by nbmerge {_part(receipt, 'versions').get('nbmerge-ckpt', '')}."
+        kind = "checkpoint" if source.get("backend") == "hf" else "training checkpoint"
+        origin = f"a {kind} ({_plain(source.get('layout', 'of an unknown layout'))})"
+    return f"{what}, merged from {origin} by nbmerge {_plain(_part(receipt, 'versions').get('nbmerge-ckpt', ''))}."
 
 
-def _facts(config: dict[str, Any], receipt: dict[str, Any]) -> Iterator[tuple[str, str]]:
+def _facts(directory: Path, receipt: dict[str, Any]) -> Iterator[tuple[str, str]]:
     source = _part(receipt, "source")
-    step = next(
-        (step for part in Path(str(source.get("path", ""))).parents if (step := step_of(part)) is not None), None
-    )
-    step = step_of(Path(str(source.get("path", "")))) if step is None else step
+    path = Path(str(source.get("path", "")))
+    # Of the directory itself, or of one close around it (checkpoint-9/pytorch_model_fsdp_0): /data/step_2 says nothing.
+    steps = (step_of(each) for each in (path, *path.parents[:2]))
+    step = next((step for step in steps if step is not None), None)
     if step is not None and not source.get("averaged"):
         yield "training step", f"{step:,}"
-    if isinstance(source.get("world_size"), int) and not source.get("averaged"):
-        yield "written by", plural(source["world_size"], "rank")
-    dtype = config.get("dtype") or config.get("torch_dtype")
-    if isinstance(dtype, str):
-        yield "dtype", dtype
+    ranks = source.get("world_size")
+    if isinstance(ranks, int) and ranks > 1 and not source.get("averaged"):  # whole files tell nothing of ranks
+        yield "written by", plural(ranks, "rank")
+    if dtypes := _dtypes(directory, receipt):
+        yield "dtype", ", ".join(dtypes)
     if isinstance(receipt.get("total_size"), int):
         yield "size", f"{receipt['total_size']:,} bytes of weights in {plural(len(receipt.get('files') or ()), 'file')}"
     versions = _part(receipt, "versions")
     if versions:
         yield "merged with", ", ".join(f"{name} {version}" for name, version in versions.items())
+
+
+def _dtypes(directory: Path, receipt: dict[str, Any]) -> list[str]:
+    """The types of the weights, most bytes first: config.json names one, and not always that. None of damaged files."""
+    recorded = [str(entry.get("name")) for entry in _entries(receipt, "files")]
+    found: Counter[str] = Counter()
+    for path in [directory / name for name in recorded] or directory.glob("*.safetensors"):
+        try:
+            for entry in read_header(path).values():
+                found[entry.dtype.name] += entry.nbytes
+        except (OSError, CorruptFileError):
+            return []
+    return [name for name, _ in found.most_common()]
 
 
 _LISTS = {"trims": "trimmed of its padding", "fills": "not in the checkpoint, filled", "drops": "left out"}
@@ -103,17 +135,18 @@ def _changes(receipt: dict[str, Any]) -> Iterator[str]:
     casts = _entries(receipt, "casts")
     for pair in dict.fromkeys((str(cast.get("from")), str(cast.get("to"))) for cast in casts):
         count = sum((str(cast.get("from")), str(cast.get("to"))) == pair for cast in casts)
-        yield f"{plural(count, 'tensor')} cast from {pair[0]} to {pair[1]}"
+        yield f"{plural(count, 'tensor')} cast from {_plain(pair[0])} to {_plain(pair[1])}"
     for key, words in _LISTS.items():
         names = [str(entry.get("tensor")) for entry in _entries(receipt, key)]
         if names:
-            yield f"{words}: {listing((f'`{name}`' for name in names), shown=_LISTED)}"
+            yield f"{words}: {listing(map(_code, names), shown=_LISTED)}"
     lora = _part(receipt, "lora")
     if lora:
-        yield f"LoRA ({lora.get('mode')}): r={lora.get('r')}, alpha={lora.get('alpha')}, {lora.get('layers')} layers"
+        mode, r, alpha, layers = (_plain(lora.get(key)) for key in ("mode", "r", "alpha", "layers"))
+        yield f"LoRA ({mode}): r={r}, alpha={alpha}, {layers} layers"
     edits = receipt.get("config_edits")
     if isinstance(edits, dict) and edits:
-        yield f"edited in config.json: {listing((f'`{key}`' for key in edits), shown=_LISTED)}"
+        yield f"edited in config.json: {listing(map(_code, edits), shown=_LISTED)}"
 
 
 def _checked(receipt: dict[str, Any], validation: ValidationReport | None) -> Iterator[str]:
@@ -124,8 +157,10 @@ def _checked(receipt: dict[str, Any], validation: ValidationReport | None) -> It
         return
     for result in validation.results:
         if result.outcome.ran:
-            state = "" if not result.outcome.findings else f" ({plural(len(result.outcome.findings), 'finding')})"
-            yield f"- {_cell(result.title)}{state}"
+            found, share = len(result.outcome.findings), result.outcome.share
+            notes = [plural(found, "finding")] if found else []
+            notes += [f"of a sample of {100 * share:.1f}% of the bytes"] if share < 1 else []
+            yield f"- {_plain(result.title)}" + (f" ({', '.join(notes)})" if notes else "")
     if not is_proved(validation):
         yield "- **the directory did not pass, and was uploaded all the same**"
 
@@ -140,6 +175,15 @@ def _entries(receipt: dict[str, Any], key: str) -> list[dict[str, Any]]:
     return [entry for entry in found if isinstance(entry, dict)] if isinstance(found, list) else []
 
 
-def _cell(text: str) -> str:
-    """Text that ends no cell and makes no HTML."""
-    return text.replace("|", "\\|").replace("<", "&lt;").replace("\n", " ")
+def _plain(value: object) -> str:
+    """Words that end no line or cell, and are no Markdown or HTML."""
+    return _MARKS.sub(r"\\\g<0>", one_line(str(value), limit=300)).replace("<", "&lt;")
+
+
+_MARKS = re.compile(r"[\\`*\[\]|]")
+
+
+def _code(name: str) -> str:
+    """A name as code that nothing in it ends."""
+    shown = one_line(name, limit=200).replace("`", "'").replace("<", "&lt;")
+    return f"`{shown}`"

@@ -19,7 +19,7 @@ def stale_weights(there: set[str], contents: Contents, repo_id: str, *, replace:
 
     Raises HubError for those that transformers would load in place of these: it looks for model.safetensors first.
     """
-    stale = tuple(sorted(name for name in there if name.endswith(_WEIGHTS) and name not in contents.files))
+    stale = _others(there, contents)
     hiding = [name for name in stale if name == WEIGHTS_NAME]
     if hiding and not replace:
         raise HubError(
@@ -30,17 +30,25 @@ def stale_weights(there: set[str], contents: Contents, repo_id: str, *, replace:
     return stale
 
 
-def confirm(api: HfApi, repo_id: str, commit: str, contents: Contents, card: str) -> None:
-    """Asks the Hub for what the commit holds. Raises HubError where a file is not there, or of another size."""
+def confirm(api: HfApi, repo_id: str, commit: str, contents: Contents, card: str) -> tuple[str, ...]:
+    """Asks the Hub for what the commit holds, and returns the weights in it that are none of this model's.
+
+    Raises HubError where a file is not there, is of another size, or changed here meanwhile.
+    """
     listed = api.list_repo_tree(repo_id, recursive=True, revision=commit)
     there = {each.path: getattr(each, "size", None) for each in listed}
-    sizes = {name: path.stat().st_size for name, path in contents.files.items()}
+    sizes = contents.sizes()
     if card:
         sizes[CARD] = len(card.encode())
-    wrong = sorted(name for name, size in sizes.items() if there.get(name) != size)
+    wrong = sorted({*(name for name, size in sizes.items() if there.get(name) != size), *contents.changed()})
     if wrong:
         raise HubError(
             f"the commit does not hold what was uploaded: {listing(wrong)}", where=f"{repo_id}, commit {commit}",
             why="the repository's .gitignore names them, or they changed while they were uploaded",
             fix="look at both, and push again",
         )  # fmt: skip
+    return _others(set(there), contents)
+
+
+def _others(there: set[str], contents: Contents) -> tuple[str, ...]:
+    return tuple(sorted(name for name in there if name.endswith(_WEIGHTS) and name not in contents.files))

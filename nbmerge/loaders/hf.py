@@ -51,7 +51,8 @@ def weight_files(directory: Path) -> WeightFiles | None:
         return WeightFiles(directory, (_BIN,))
     if (directory / _BIN_INDEX).is_file():
         return indexed(directory, _BIN_INDEX)
-    return _loose(directory)
+    lost = [name for name in (_SAFE, _BIN) if (directory / name).is_symlink()]  # told when it is read
+    return _loose(directory) or (WeightFiles(directory, tuple(lost[:1])) if lost else None)
 
 
 def _refuse_two_sets(directory: Path) -> None:

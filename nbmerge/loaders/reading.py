@@ -32,6 +32,14 @@ def read_all(sizes: Mapping[Key, int], options: OpenOptions, read: Callable[[Key
     return contents
 
 
+def is_file(path: Path) -> bool:
+    """Whether there is a file; False for a name that no file can have: too long, or with a NUL in it."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
+
+
 def read_files(files: Mapping[Key, Path], options: OpenOptions, read: Callable[[Path], Any]) -> dict[Key, Any]:
     """What `read` makes of each file, by the file's key and in the order of `files`. Raises as `read_all`."""
     contents = read_all({path: path.stat().st_size for path in files.values()}, options, read)

@@ -14,6 +14,7 @@ from nbmerge.errors import CheckpointError, CorruptFileError, UnsupportedCheckpo
 
 _LOCAL_HEADER = struct.Struct("<4s5H3I2H")  # zip specification 4.3.7
 _LOCAL_SIGNATURE = b"PK\x03\x04"
+_SIGNATURE = b"PK"  # what each part of an archive begins with
 _UTF8 = 1 << 11  # the flag of names in UTF-8; others are in code page 437
 
 
@@ -146,14 +147,17 @@ class TorchZip:
                 raise self._cut_short(f"no local header for {info.filename} at byte {info.header_offset:,}")
             name_length, extra_length = map(int, _LOCAL_HEADER.unpack(header)[-2:])
             rest = os.pread(fd, name_length + extra_length, at + len(header))
+            offset = info.header_offset + len(header) + name_length + extra_length
+            if offset + info.file_size > self._size:
+                raise self._cut_short(f"record {info.filename} would end at byte {offset + info.file_size:,}")
+            following = os.pread(fd, len(_SIGNATURE), self._start + offset + info.file_size)
         finally:
             os.close(fd)
         name = info.orig_filename.encode("utf-8" if info.flag_bits & _UTF8 else "cp437")
         if rest[:name_length] != name or not _is_whole(rest[name_length:]):
             raise self._cut_short(f"the local header of {info.filename} is not of this record")
-        offset = info.header_offset + len(header) + name_length + extra_length
-        if offset + info.file_size > self._size:
-            raise self._cut_short(f"record {info.filename} would end at byte {offset + info.file_size:,}")
+        if following != _SIGNATURE:  # of a descriptor, the next record or the archive's directory
+            raise self._cut_short(f"record {info.filename} does not end at byte {offset + info.file_size:,}")
         return self._start + offset
 
 

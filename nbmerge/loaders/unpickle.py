@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import io
 import pickle
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from nbmerge.dtypes import DType
-from nbmerge.errors import CheckpointError, CorruptFileError, UnsafePickleError
+from nbmerge.errors import CheckpointError, CorruptFileError, UnsafePickleError, UnsupportedCheckpointError
 from nbmerge.expressions import Stored
 from nbmerge.geometry import Shape
 from nbmerge.loaders import standins
@@ -47,9 +47,10 @@ class Storage:
 
     def tensor(self, storage_offset: int, shape: Shape, strides: Shape) -> Stored:
         """The strided tensor over the storage. Raises CorruptFileError where it reaches outside."""
-        last = storage_offset
+        first = last = 0  # an empty tensor may say any offset: torch keeps that of the tensor it was cut from
         if all(shape):
-            last += sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True)) + 1
+            first = storage_offset
+            last = first + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True)) + 1
         out_of_bounds = last * self.dtype.itemsize > self.size
         if out_of_bounds or storage_offset < 0 or min(shape, default=0) < 0 or min(strides, default=0) < 0:
             raise CorruptFileError(
@@ -58,15 +59,27 @@ class Storage:
                 why="the pickle and the archive do not belong together",
                 fix="copy the file again from the machine that trained",
             )
-        offset = self.offset + storage_offset * self.dtype.itemsize
+        offset = self.offset + first * self.dtype.itemsize
         return PickledTensor(self.file, offset, shape, strides, self.dtype)
 
 
-def _tensor_v2(storage: Any, storage_offset: Any, size: Any, stride: Any, *_: Any) -> Stored:
+def _tensor_v2(storage: Any, storage_offset: Any, size: Any, stride: Any, *rest: Any) -> Stored:
     """torch._utils._rebuild_tensor_v2(storage, storage_offset, size, stride, requires_grad, hooks, metadata)."""
     if not isinstance(storage, Storage):
         raise pickle.UnpicklingError("_rebuild_tensor_v2 was called without a storage")
+    _refuse_lazy(rest[2:], storage)
     return storage.tensor(int(storage_offset), tuple(map(int, size)), tuple(map(int, stride)))
+
+
+def _refuse_lazy(metadata: Sequence[Any], storage: Storage) -> None:
+    """Raises for a view whose bytes are not its values: `tensor.conj()` and its `.imag` are saved as they are held."""
+    flags = [flag for each in metadata if isinstance(each, dict) for flag in ("conj", "neg") if each.get(flag)]
+    if flags:
+        raise UnsupportedCheckpointError(
+            "a tensor is stored as the conjugate or the negative of its bytes", where=storage.file,
+            why=f"torch keeps it as a view ({', '.join(flags)}) and saves what is behind it",
+            fix="save tensor.resolve_conj().resolve_neg()",
+        )  # fmt: skip
 
 
 def _tensor_v3(storage: Any, storage_offset: Any, size: Any, stride: Any, *rest: Any) -> Stored:
@@ -74,6 +87,7 @@ def _tensor_v3(storage: Any, storage_offset: Any, size: Any, stride: Any, *rest:
     dtype = rest[2]
     if not isinstance(storage, Storage) or not isinstance(dtype, DType):
         raise pickle.UnpicklingError("_rebuild_tensor_v3 was called without a storage or a dtype")
+    _refuse_lazy(rest[3:], storage)
     typed = Storage(storage.file, storage.offset, storage.size, dtype)
     return typed.tensor(int(storage_offset), tuple(map(int, size)), tuple(map(int, stride)))
 

@@ -16,8 +16,9 @@ from nbmerge.geometry import Box, contiguous_strides
 from nbmerge.layout import Checkpoint, LazyTensor, SourceFile
 from nbmerge.loaders.assemble import paste
 from nbmerge.loaders.base import OpenOptions, index_error
+from nbmerge.loaders.consolidated import SHARDED, scalars_of_shards
 from nbmerge.loaders.pieces import MeshPiece, PlainPiece, piece_of
-from nbmerge.loaders.reading import read_files
+from nbmerge.loaders.reading import is_file, read_files
 from nbmerge.loaders.unpickle import load_torch_file
 
 _ROOTS = ("state_dict", "model", "module")  # keys that trainers put a state dict under
@@ -48,7 +49,10 @@ def indexed(directory: Path, index: str) -> WeightFiles:
     """The files that an index names. Raises CorruptFileError for what is no index, or names a file elsewhere."""
     path = directory / index
     try:
-        said = json.loads(path.read_bytes())["weight_map"]
+        content = json.loads(path.read_bytes())
+        if not isinstance(content, dict):
+            raise TypeError("it is no JSON object")
+        said = content["weight_map"]
         if not isinstance(said, dict) or not said or not all(isinstance(file, str) for file in said.values()):
             raise TypeError("weight_map is no object of tensor names and files")
     except (ValueError, KeyError, TypeError, RecursionError) as error:
@@ -74,7 +78,7 @@ def _is_inside(file: str) -> bool:
 def read_whole(found: WeightFiles, options: OpenOptions) -> Content:
     """The tensors of the files. Raises CheckpointError and its kin with all that is wrong."""
     paths = {file: found.directory / file for file in found.files}
-    if absent := [_missing(file, found) for file, path in paths.items() if not path.is_file()]:
+    if absent := [_missing(file, found) for file, path in paths.items() if not is_file(path)]:
         raise index_error(absent, found.directory)
     notes: list[str] = []
     held = _readable(read_files(paths, options, lambda path: _tensors_of(path, options.trust_pickle)), found.directory)
@@ -101,7 +105,9 @@ def read_whole(found: WeightFiles, options: OpenOptions) -> Content:
         raise index_error(problems, found.directory)
     if unlisted:
         notes.append(f"{plural(len(unlisted), 'tensor')} stored where {found.index} does not say: {listing(unlisted)}")
-    return Content(tensors, tuple(notes))
+    if scalars := scalars_of_shards(found.directory, tensors, options):
+        notes.append(f"read from {SHARDED}/, since torch's consolidation makes them 0: {listing(scalars)}")
+    return Content(tensors | scalars, tuple(notes))
 
 
 def _readable(read: Mapping[str, _Read | CheckpointError], directory: Path) -> dict[str, _Read]:
@@ -134,7 +140,9 @@ def whole_checkpoint(
             "the files hold no tensors", where=f"{found.directory}: {listing(found.files)}",
             fix="pass the directory of a model's weights",
         )  # fmt: skip
-    files = [SourceFile.of(found.directory / file, "weights") for file in found.files]
+    paths = dict.fromkeys(found.directory / file for file in found.files)
+    paths |= dict.fromkeys(Path(stored.file) for stored in content.tensors.values())
+    files = [SourceFile.of(path, "weights") for path in paths]
     if found.index:
         files.append(SourceFile.of(found.directory / found.index, "index"))
     files += [SourceFile.of(file, role) for role, group in others.items() for file in group]
@@ -150,10 +158,17 @@ def _missing(file: str, found: WeightFiles) -> Problem:
     return Problem(
         f"{file} is missing" + (f", and {plural(count, 'tensor')} with it" if count else ""),
         where=str(found.directory),
-        why=f"{found.index} names it" if found.index else "the other files' numbers leave a gap",
+        why=_why_missing(found.directory / file, found.index),
         fix="copy or download the missing files; if saving was stopped, use an older step",
         kind="missing",
     )
+
+
+def _why_missing(path: Path, index: str) -> str:
+    try:
+        return f"it is a link to {path.readlink()}, where nothing is: a Hub cache was copied without its blobs"
+    except (OSError, ValueError):  # it is no link, or there is nothing
+        return f"{index} names it" if index else "the other files' numbers leave a gap"
 
 
 def _twice(name: str, first: str, second: str) -> Problem:
@@ -170,7 +185,9 @@ def _not_there(found: WeightFiles, held: Mapping[str, _Read]) -> Iterator[Proble
             there = next((other for other, (entries, _) in held.items() if name in entries), "no file")
             yield Problem(
                 f"{name} is not in {file}; it is in {there}", where=str(found.directory / found.index),
-                why="index and files are of two saves", fix="copy the files again with the index of the same save",
+                why="index and files are of two saves, or several ranks wrote one file, of which the last is left",
+                fix="copy the files again with the index of the same save; ranks of HuggingFaceStorageWriter need "
+                "save_distributed=True",
                 kind="missing",
             )  # fmt: skip
 
@@ -202,7 +219,9 @@ def _of_pickle(path: Path, trust_pickle: bool) -> _Read:
             tensors[str(name)] = stored
     notes = [f"{path.name} holds the state dict under {root!r}"] if root else []
     if objects:
-        notes.append(f"{path.name}: {plural(len(objects), 'entry')} without a tensor left alone: {listing(objects)}")
+        notes.append(
+            f"{path.name}: {plural(len(objects), 'entry')} of other kinds than tensors left alone: {listing(objects)}"
+        )
     return tensors, tuple(notes)
 
 

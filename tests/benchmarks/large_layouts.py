@@ -11,6 +11,7 @@ import torch
 
 from nbmerge.geometry import Box
 from tests.benchmarks.large_checkpoint import config_of
+from tests.support.deepspeed import deepspeed_classes, model_states, optimizer_states, run_of
 from tests.support.megatron import write_torch_dist
 
 _RANKS = 4
@@ -46,6 +47,34 @@ def make_colossalai(directory: Path, gigabytes: float) -> None:
     names = {name: f"pytorch_model-{n:05d}.bin" for n, tensors in enumerate(files, 1) for name in tensors}
     index = {"metadata": {"total_size": gigabytes * 1e9 / 2**20}, "weight_map": names}
     (directory / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+
+
+def make_zero2(directory: Path, gigabytes: float) -> None:
+    """DeepSpeed's ZeRO-2: the parameters one after the other in one vector, cut over four ranks."""
+    _make_deepspeed(directory, gigabytes, stage=2)
+
+
+def make_zero3(directory: Path, gigabytes: float) -> None:
+    """DeepSpeed's ZeRO-3: each parameter cut over four ranks."""
+    _make_deepspeed(directory, gigabytes, stage=3)
+
+
+def _make_deepspeed(directory: Path, gigabytes: float, stage: int) -> None:
+    """fp32 masters without the optimizer's moments, which a merge skips and `cp` would copy."""
+    config, state = _model(gigabytes)
+    run = run_of(state, stage=stage, world=_RANKS)
+    folder = directory / "global_step3"
+    folder.mkdir(parents=True)
+    for rank in range(_RANKS if stage == 3 else 1):
+        name = f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt" if stage == 3 else "mp_rank_00_model_states.pt"
+        torch.save(model_states(run, rank), folder / name)
+    with deepspeed_classes() as classes:
+        for rank, optimizer in enumerate(optimizer_states(run, classes)):
+            zero = optimizer["optimizer_state_dict"]
+            zero["optimizer_state_dict" if stage == 3 else "base_optimizer_state"]["state"] = {}
+            torch.save(optimizer, folder / f"{run.prefix}zero_pp_rank_{rank}_mp_rank_00_optim_states.pt")
+    (directory / "latest").write_text("global_step3")
+    config.save_pretrained(directory)
 
 
 def _model(gigabytes: float) -> tuple[Any, dict[str, torch.Tensor]]:

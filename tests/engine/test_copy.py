@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import threading
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +33,43 @@ def files(tmp_path: Path):
     yield source, reading, writing
     os.close(reading)
     os.close(writing)
+
+
+@pytest.mark.parametrize(
+    ("job", "wanted"),
+    [
+        (Runs((Run("", 9, 20, 5), Run("", 0, 10, 10))), (10, 15)),
+        (Runs((Run("", 0, 10, 5), Run("", 5, 30, 5))), None),
+        (Block(Box((1, 0), (2, 4)), (), Fill(0.0, (4, 4), BY_NAME["float32"]), 100), (116, 32)),
+        (Block(Box((1, 0), (2, 2)), (), Fill(0.0, (4, 4), BY_NAME["float32"]), 100), None),
+    ],
+)
+def test_the_disk_begins_with_what_a_job_wrote_in_one_piece(files, job: copy.Job, wanted, monkeypatch):
+    _, _, writing = files
+    asked: list[tuple[int, ...]] = []
+    monkeypatch.setattr(os, "posix_fadvise", lambda fd, offset, length, advice: asked.append((offset, length)))
+    monkeypatch.setattr(copy, "copy_run", lambda *_: None)
+    monkeypatch.setattr(copy, "_make", lambda *_: None)
+    with LocalFiles() as opened:
+        monkeypatch.setattr(opened, "descriptor", lambda file: nullcontext(0))
+        copy.carry_out(job, writing, opened)
+    assert asked == ([wanted] if wanted else [])
+
+
+@pytest.mark.parametrize("how", ["refused", "absent"])
+def test_a_disk_that_takes_no_hint_gets_the_bytes_all_the_same(files, how: str, monkeypatch: pytest.MonkeyPatch):
+    source, _, writing = files
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EINVAL, "no")
+
+    if how == "refused":
+        monkeypatch.setattr(os, "posix_fadvise", refuse)
+    else:
+        monkeypatch.delattr(os, "posix_fadvise")
+    with LocalFiles() as opened:
+        copy.carry_out(Runs((Run(str(source), 3, 7, 5000),)), writing, opened)
+    assert os.pread(writing, 10**6, 7) == DATA[3:5003]
 
 
 def test_a_run_is_copied_whatever_its_offsets_are(files):

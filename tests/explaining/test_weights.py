@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from nbmerge.weights import is_model_directory, weights_of
+from tests.support.dcp import hf_writer
 
 
 def test_a_directory_of_whole_tensors_is_one(tmp_path: Path):
@@ -36,17 +37,16 @@ def test_a_header_without_pieces_is_a_models(tmp_path: Path, said: str):
     assert is_model_directory(tmp_path)
 
 
-def saved_by_torch(directory: Path, **options) -> None:
-    from torch.distributed.checkpoint import HuggingFaceStorageWriter
-    from torch.distributed.checkpoint.state_dict_saver import save
+def saved_by_torch(directory: Path, *, save_distributed: bool) -> None:
+    from torch.distributed.checkpoint import save
 
-    writer = HuggingFaceStorageWriter(str(directory), **options)
+    writer = hf_writer(directory, save_distributed=save_distributed)
     with pytest.warns(UserWarning, match="torch.distributed is disabled"):
-        save({"a.weight": torch.zeros(4, 2)}, no_dist=True, storage_writer=writer)
+        save({"a.weight": torch.zeros(4, 2)}, storage_writer=writer)
 
 
 def test_whole_tensors_of_torchs_writer_are_a_models(tmp_path: Path):
-    saved_by_torch(tmp_path)
+    saved_by_torch(tmp_path, save_distributed=False)
     assert is_model_directory(tmp_path)
     assert list(weights_of(tmp_path).tensors) == ["a.weight"]
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,13 +17,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import yaml
 from IPython.core.interactiveshell import InteractiveShell
 
 import nbmerge
 from nbmerge import HubError, NotACheckpointError, OptionError, VerificationError, cli
+from nbmerge.export.model_card import base_model_of, model_card
 from nbmerge.receipt import RECEIPT_NAME
 from tests.support.adapters import adapted, save_adapter_config, write_world
-from tests.support.hub_server import NARROW, READER, TOKEN, Hub, Repository
+from tests.support.hub_server import _WHO, NARROW, READER, TOKEN, Hub, Repository
 from tests.support.messages import assert_says, refusal
 from tests.support.models import memory_state, write_model_world
 from tests.support.processes import ROOT
@@ -152,17 +155,88 @@ def test_only_what_belongs_in_it(hub: Hub, model: Path, tmp_path: Path):
     (model / "training_args.bin").write_bytes(b"pickle")
     (model / "wandb").mkdir()
     (model / "wandb" / "run.json").write_text("{}")
+    os.mkfifo(model / "merges.txt")
+    belongs = {path.name for path in model.glob("*.safetensors")} | {"config.json", "generation_config.json"}
     report = push(hub, model)
-    assert set(report.left_out) == {"notes.pdf", ".env", "wandb/run.json", "trainer_state.json", "training_args.bin"}
-    assert not set(report.left_out) & set(hub.repositories["me/model"].branches["main"])
-    assert "wandb/run.json" in repr(report)
+    left = {"notes.pdf", ".env", "wandb/", "trainer_state.json", "training_args.bin", "merges.txt"}
+    assert set(report.left_out) == left
+    assert set(hub.repositories["me/model"].branches["main"]) == belongs | {"README.md"}
+    assert "wandb/" in repr(report)
 
 
 def test_a_link_out_of_the_directory_is_refused(hub: Hub, model: Path, tmp_path: Path):
     (tmp_path / "secret.json").write_text("{}")
     (model / "vocab.json").symlink_to(tmp_path / "secret.json")
     assert_says(refusal(OptionError, push, hub, model), "vocab.json is a link out of the directory", "fix:")
+    (model / "vocab.json").unlink()
+    (tmp_path / "adapter").mkdir()
+    (model / "lora_adapter").symlink_to(tmp_path / "adapter")  # the adapter must not be missing in silence
+    assert_says(refusal(OptionError, push, hub, model), "lora_adapter/ is a link to a directory", "fix:")
     assert "me/model" not in hub.repositories
+
+
+@pytest.mark.parametrize("when", ["checked", "uploaded"])
+def test_a_file_that_changes_meanwhile_is_told(hub: Hub, model: Path, monkeypatch: pytest.MonkeyPatch, when: str):
+    """Of the same size, so that nothing but the time of its change tells it."""
+    from huggingface_hub import HfApi
+
+    def rewrite(api: HfApi, repo_id: str, *rest: object, **options: object) -> object:
+        done = genuine(api, repo_id, *rest, **options)
+        os.utime(model / "model.safetensors", ns=(1, 1))
+        return done
+
+    step = "list_repo_files" if when == "checked" else "create_commit"
+    genuine = getattr(HfApi, step)
+    monkeypatch.setattr(HfApi, step, rewrite)
+    words = "changed since they were checked" if when == "checked" else "does not hold what was uploaded"
+    assert_says(refusal(HubError, push, hub, model), words, "model.safetensors", "push again")
+    assert len(hub.repositories["me/model"].commits) == (when == "uploaded")
+
+
+def test_weights_that_another_push_added_meanwhile_are_told(hub: Hub, model: Path, monkeypatch: pytest.MonkeyPatch):
+    from huggingface_hub import HfApi
+
+    genuine = HfApi.create_commit
+
+    def beside(api: HfApi, repo_id: str, *rest: object, **options: object) -> object:
+        hub.repositories[repo_id].branches["main"]["model-00001-of-00002.safetensors"] = b"theirs"
+        return genuine(api, repo_id, *rest, **options)  # type: ignore[call-overload]
+
+    monkeypatch.setattr(HfApi, "create_commit", beside)
+    assert push(hub, model).stale == ("model-00001-of-00002.safetensors",)
+
+
+def test_a_repository_that_somebody_made_public_meanwhile_gets_nothing(
+    hub: Hub, model: Path, monkeypatch: pytest.MonkeyPatch
+):
+    from huggingface_hub import HfApi
+
+    def public(api: HfApi, repo_id: str, **options: object) -> None:
+        hub.repositories[repo_id] = Repository(private=False)
+
+    monkeypatch.setattr(HfApi, "create_repo", public)
+    assert_says(refusal(HubError, push, hub, model, private=True), "it is public", "fix:")
+    assert hub.repositories["me/model"].branches["main"] == {}
+
+
+def test_a_pull_request_is_pushed_to_and_no_branch_is_made_of_it(hub: Hub, model: Path):
+    repository = hub.repositories["me/model"] = Repository(private=False)
+    repository.branches["refs/pr/1"] = {}
+    assert push(hub, model, revision="refs/pr/1").revision == "refs/pr/1"
+    assert "model.safetensors" in repository.branches["refs/pr/1"]
+    assert not any("/branch/" in asked for asked in hub.requests)
+
+
+def test_the_client_is_asked_for_one_commit_and_names_are_no_patterns(hub: Hub, model: Path):
+    """`upload_folder` takes patterns, and makes a commit every few minutes over xet."""
+    repository = hub.repositories["me/model"] = Repository(private=False)
+    repository.branches["main"] = {"*.safetensors": b"old", "a[1].bin": b"old", "keep.json": b"mine"}
+    report = push(hub, model, replace=True)
+    assert report.removed == ("*.safetensors", "a[1].bin")
+    assert "keep.json" in repository.branches["main"]
+    assert "model.safetensors" in repository.branches["main"]
+    assert not {"*.safetensors", "a[1].bin"} & set(repository.branches["main"])
+    assert len(repository.commits) == 1
 
 
 def test_weights_of_another_model_in_the_repository_are_told(hub: Hub, model: Path):
@@ -238,6 +312,8 @@ def test_an_adapter_alone_is_uploaded_as_it_was_merged(hub: Hub, tmp_path: Path)
     assert "by force" not in repr(report)
     assert b"did not pass" not in files["README.md"]
     assert b"LoRA (adapter)" in files["README.md"]
+    assert b"library_name: peft" in files["README.md"]
+    assert "PeftModel.from_pretrained(base_model, 'me/model', subfolder='lora_adapter')" in repr(report)
     (tmp_path / "out" / name).write_bytes(b"cut")
     assert_says(refusal(VerificationError, push, hub, tmp_path / "out"), name, "not valid")
 
@@ -254,6 +330,11 @@ def test_a_validation_is_taken_for_its_own_directory_only(hub: Hub, model: Path,
     proof = nbmerge.validate(model, no_run=True, progress=False)
     report = push(hub, model, validation=proof)
     assert report.validation is proof
+    weights = model / "model.safetensors"
+    content = weights.read_bytes()
+    weights.write_bytes(content[:-100])  # since it was validated
+    assert_says(refusal(VerificationError, push, hub, model, validation=proof), "model.safetensors", "not valid")
+    weights.write_bytes(content)
     other = replace(proof, directory=tmp_path / "other")
     assert_says(refusal(OptionError, push, hub, model, validation=other), "the validation is of", "fix:")
 
@@ -295,9 +376,27 @@ class TestErrors:
         assert_says(refusal(HubError, push, hub, model, "team/x", token=NARROW), "may only read in team")
         assert push(hub, model, "me/mine", token=NARROW).commit
 
+    def test_roles_and_scopes_that_leave_room_are_not_refused(
+        self, hub: Hub, model: Path, monkeypatch: pytest.MonkeyPatch
+    ):
+        """A reader of an organisation may write in a group of its repositories; a scope may be of such a group."""
+        who = json.loads(json.dumps(_WHO[NARROW]))
+        who["orgs"][0]["resourceGroups"] = [{"name": "group", "role": "write"}]
+        scopes = who["auth"]["accessToken"]["fineGrained"]["scoped"]
+        scopes.append({"entity": {"type": "resource-group", "name": "group"}, "permissions": ["repo.write"]})
+        monkeypatch.setitem(_WHO, NARROW, who)
+        assert push(hub, model, "team/x", token=NARROW).commit
+
     def test_a_full_storage(self, hub: Hub, model: Path):
         hub.answers["POST /api/repos/create"], hub.saying = 403, "Private repository storage limit reached;"
         assert_says(refusal(HubError, push, hub, model), "no room left", "storage limit reached", "billing")
+
+    def test_a_large_file_that_is_refused_for_want_of_room(self, hub: Hub, model: Path):
+        hub.large, hub.refused = 1000, "You have exceeded your storage limit"
+        assert_says(refusal(HubError, push, hub, model), "no room left", "exceeded your storage", "billing")
+
+    def test_what_is_no_name(self, hub: Hub, model: Path):
+        assert_says(refusal(OptionError, push, hub, model, None), "a NoneType is no repository", "fix:")
 
     def test_an_answer_in_the_middle_of_a_large_file(self, hub: Hub, model: Path):
         hub.large, hub.answers["PUT /lfs/blob"] = 1000, 403
@@ -333,6 +432,9 @@ class TestErrors:
 
     def test_directories(self, hub: Hub, tmp_path: Path, checkpoint: Path):
         assert_says(refusal(NotACheckpointError, push, hub, tmp_path / "absent"), "no such directory", "fix:")
+        (tmp_path / "file").write_text("x")
+        assert_says(refusal(NotACheckpointError, push, hub, tmp_path / "file"), "this is a file", "fix:")
+        assert_says(refusal(NotACheckpointError, push, hub, checkpoint), "no weights", "merged first")
         (tmp_path / "empty").mkdir()
         assert_says(refusal(NotACheckpointError, push, hub, tmp_path / "empty"), "no weights", "fix:")
         assert_says(refusal(OptionError, push, hub, nbmerge.merge(checkpoint, dry_run=True)), "dry run", "fix:")
@@ -362,9 +464,24 @@ class TestEverywhere:
 
     def test_a_merge_whose_upload_fails_is_complete(self, hub: Hub, checkpoint: Path, out: Path):
         hub.answers["commit"] = 500
+        out = out.parent / "my model"
         message = refusal(HubError, nbmerge.merge, checkpoint, out, hf_upload_path="me/model")
-        assert_says(message, "the merge is complete, and not uploaded", f"python -m nbmerge push {out} me/model")
+        assert_says(message, "the merge is complete, and not uploaded", f"python -m nbmerge push '{out}' me/model")
         assert nbmerge.validate(out, no_run=True, progress=False).ok
+
+    def test_an_interrupt_of_the_upload_says_that_the_merge_is_complete(
+        self, hub: Hub, checkpoint: Path, out: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ):
+        from huggingface_hub import HfApi
+
+        def interrupted(*_: object, **__: object) -> None:
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(HfApi, "create_commit", interrupted)
+        words = ["merge", "--local_dir", str(checkpoint), "--target_dir", str(out), "--hf_upload_path", "me/model"]
+        assert cli.main([*words, "--private"]) == cli.INTERRUPTED
+        again = f"to upload it: python -m nbmerge push {out} me/model --private"
+        assert f"interrupted; the merge is complete; {again}" in capsys.readouterr().err
 
     def test_a_plan_that_says_where_to_is_uploaded(self, hub: Hub, checkpoint: Path, out: Path):
         plan = nbmerge.plan_merge(checkpoint, hf_upload_path="me/planned", private=True)
@@ -415,20 +532,63 @@ class TestEverywhere:
         assert "does not belong" in capsys.readouterr().err
 
 
-def test_hostile_words_of_a_receipt_make_no_html_in_the_card(hub: Hub, checkpoint: Path, tmp_path: Path):
-    from nbmerge.export.model_card import model_card
-
-    nbmerge.merge(checkpoint, tmp_path / "out")
-    receipt = json.loads((tmp_path / "out" / RECEIPT_NAME).read_text())
-    receipt["fills"] = [{"tensor": "<script>alert(1)</script>|x"}]
-    card = model_card(tmp_path / "out", "me/x", receipt, None)
+def test_hostile_words_make_no_html_markdown_or_metadata_in_the_card(hub: Hub, checkpoint: Path, tmp_path: Path):
+    hostile = "x`<script>alert(1)</script>|[click](http://evil)\nlicense: mit\n---\n# Mine"
+    target = tmp_path / "out"
+    nbmerge.merge(checkpoint, target)
+    receipt = json.loads((target / RECEIPT_NAME).read_text())
+    receipt["fills"] = [{"tensor": hostile}]
+    receipt["casts"] = [{"tensor": "a", "from": hostile, "to": "b"}]
+    receipt["lora"] = {"mode": hostile, "r": hostile}
+    receipt["config_edits"] = {hostile: {}}
+    receipt["source"]["layout"] = receipt["versions"]["nbmerge-ckpt"] = hostile
+    config = json.loads((target / "config.json").read_text())
+    hostile_config = {"architectures": [hostile], "dtype": hostile, "_name_or_path": f"a/b\n{hostile}"}
+    (target / "config.json").write_text(json.dumps({**config, **hostile_config}))
+    card = model_card(target, "me/x", receipt, None, base_model_of(target))
     assert "<script>" not in card
+    assert not re.search(r"(?<!\\)\[click\]", re.sub(r"(?<!\\)`[^`]*`", "", card))
+    assert not any(line.startswith(("license", "# Mine")) for line in card.splitlines())
+    assert yaml.safe_load(card.split("---\n")[1]) == {"library_name": "transformers"}
     assert "nothing further was checked" in card
 
 
-def test_the_base_model_is_named_where_the_config_names_one(model: Path):
-    from nbmerge.export.model_card import base_model_of
+def test_the_card_says_of_dtypes_and_samples_what_is_true(model: Path):
+    from safetensors.torch import load_file, save_file
 
+    state = load_file(model / "model.safetensors")
+    state["model.norm.weight"] = state["model.norm.weight"].float()  # beside the bfloat16 that config.json names
+    save_file(state, model / "model.safetensors")
+    source = {"path": "/run", "backend": "hf", "layout": "Hugging Face directory", "world_size": 1}
+    found = nbmerge.validate(model, checks=["health"], no_run=True, progress=False)
+    sampled = [replace(result, outcome=replace(result.outcome, share=0.01)) for result in found.results]
+    found = replace(found, results=tuple(sampled))
+    card = model_card(model, "me/x", {"source": source}, found)
+    assert "| dtype | bfloat16, float32 |" in card
+    assert "merged from a checkpoint (Hugging Face directory)" in card
+    assert "written by" not in card
+    assert "(of a sample of 1.0% of the bytes)" in card
+
+
+@pytest.mark.parametrize("name", ["a/b\nlicense: mit", "/home/me/base", "base", "a/b: c", 7])
+def test_a_base_model_that_the_hub_cannot_have_is_refused(hub: Hub, model: Path, name: object):
+    assert_says(refusal(OptionError, push, hub, model, base_model=name), "is no model on the Hub", "fix:")
+    assert hub.requests == []
+
+
+@pytest.mark.parametrize(
+    ("path", "step"),
+    [
+        ("/step_5/run/checkpoint-100", "100"), ("/run/global_step_1200/actor", "1,200"), ("/step_5/a/b/c", None),
+        ("/run/checkpoint-9/pytorch_model_fsdp_0", "9"), ("run", None),
+    ],
+)  # fmt: skip
+def test_the_step_is_that_of_the_nearest_directory(model: Path, path: str, step: str | None):
+    card = model_card(model, "me/x", {"source": {"path": path}}, None)
+    assert f"| training step | {step} |" in card if step else "training step" not in card
+
+
+def test_the_base_model_is_named_where_the_config_names_one(model: Path):
     config = json.loads((model / "config.json").read_text())
     for said, want in (("Qwen/Qwen3-8B", "Qwen/Qwen3-8B"), ("/home/me/base", None), (str(model), None), (7, None)):
         (model / "config.json").write_text(json.dumps({**config, "_name_or_path": said}))
@@ -444,5 +604,8 @@ def test_the_card_names_a_base_model_that_the_hub_has_or_the_user_names(hub: Hub
     hub.repositories["models/base"] = Repository(private=False)
     push(hub, model, overwrite_card=True)
     assert b"base_model: models/base\n" in branch["README.md"]
+    (model / "config.json").write_text(json.dumps({**config, "_name_or_path": "me/model"}))
+    push(hub, model, overwrite_card=True)
+    assert b"base_model" not in branch["README.md"]  # trained further, and not its own base
     push(hub, model, overwrite_card=True, base_model="Qwen/Qwen3-8B")
     assert b"base_model: Qwen/Qwen3-8B\n" in branch["README.md"]

@@ -47,3 +47,11 @@ def test_names_from_a_directory_and_a_repository_make_no_html():
     assert not {"\x1b", "\u202e"} & {*html, *text}
     assert len(html.encode()) <= 30_000
     assert "880 of 900 files not shown" in text
+
+
+def test_the_lines_that_load_it_fit_the_model():
+    critic = view_of(replace(_REPORT, architecture="Qwen2ForTokenClassification", revision="v2")).code
+    assert critic[-1] == "model = AutoModelForTokenClassification.from_pretrained('me/model', revision='v2')"
+    split = view_of(replace(_REPORT, architecture="Qwen2ForCausalLM", files=("lora_adapter/adapter_config.json",))).code
+    assert split[-1] == "model = PeftModel.from_pretrained(model, 'me/model', subfolder='lora_adapter')"
+    assert view_of(replace(_REPORT, architecture="MyOwnThing")).code == ()

@@ -47,7 +47,7 @@ class TestDCPByTorchItself(LoaderContract):
     def write(self, directory: Path, tensors: Tensors) -> None:
         import torch.distributed.checkpoint as dcp
 
-        dcp.save(dict(tensors), checkpoint_id=directory, no_dist=True)
+        dcp.save(dict(tensors), checkpoint_id=directory)
 
 
 class TestHF(LoaderContract):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import collections
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,11 +18,21 @@ from nbmerge.geometry import tiling_faults
 from nbmerge.loaders.deepspeed import DeepSpeedLoader
 from nbmerge.testing import LoaderContract, Tensors
 from tests.support import examples
-from tests.support.deepspeed import Run, run_of, tensors_of, write_deepspeed, write_universal
+from tests.support.deepspeed import (
+    Run,
+    deepspeed_classes,
+    run_of,
+    tensors_of,
+    write_deepspeed,
+    write_pipeline,
+    write_universal,
+)
 from tests.support.models import memory_state
 from tests.support.results import assert_same, bits, bits_of, bits_of_all, receipt_of, saved_bits
 
 MASTERS = tensors_of([(5, 3), (7,), (2, 3, 2), (1,), (11, 4), ()])
+LAYERS = {f"{n}.weight": torch.arange(12.0).reshape(4, 3) + n + 1 / 3 for n in (0, 2)}
+LAYER_NAMES = {f"layer_{n:02d}": f"model.layers.{n}" for n in range(3)}
 shapes = st.lists(st.lists(st.integers(0, 7), max_size=3).map(tuple), min_size=1, max_size=6)
 
 
@@ -195,6 +207,90 @@ def test_a_universal_checkpoint_of_tensor_parallel_ranks_has_whole_masters(tmp_p
     assert_opens_as(tmp_path, MASTERS)  # what is left of `head` may be a part of it
 
 
+def test_what_a_universal_checkpoint_has_of_buffers_as_floats_is_taken_from_the_module(tmp_path: Path):
+    buffers, frozen = {"count": torch.tensor([2**40, 3])}, {"head": torch.randn(4, 2).bfloat16()}
+    folder = write_universal(tmp_path, Run(MASTERS, 1, 2, buffers=buffers, frozen=frozen))
+    for name, tensor in {**buffers, **frozen}.items():  # as 0.19.8 writes it
+        (folder / "zero" / name).mkdir()
+        torch.save({"param": tensor.float()}, folder / "zero" / name / "fp32.pt")
+    ckpt = assert_opens_as(tmp_path, {**MASTERS, **buffers, "head": frozen["head"].float()})
+    assert "1 tensor without an fp32 master" in ckpt.notes[0]
+
+
+class TestPipelines:
+    """Layers that look alike, each in a file of its own, with its tensors at the same place."""
+
+    def test_a_frozen_layer_is_not_given_the_masters_of_another(self, tmp_path: Path):
+        frozen = {"1.weight": torch.full((4, 3), 5.0).bfloat16()}
+        write_pipeline(tmp_path, Run(LAYERS, 1, 2, frozen=frozen))
+        (tmp_path / "layer_names.json").write_text(json.dumps(LAYER_NAMES))
+        want = {f"model.layers.{name}": t.float() for name, t in {**LAYERS, **frozen}.items()}
+        ckpt = assert_opens_as(tmp_path, want)
+        assert "1 tensor without an fp32 master" in ckpt.notes[1]
+
+    def test_a_universal_one_has_no_files_of_layers(self, tmp_path: Path):
+        folder = write_universal(tmp_path, Run(LAYERS, 1, 2))
+        path = folder / "mp_rank_00_model_states.pt"
+        torch.save({**torch.load(path), "module": None}, path)
+        with pytest.raises(nbmerge.UnsupportedCheckpointError, match=r"layer_00 \(has weight\), layer_02"):
+            nbmerge.open_checkpoint(tmp_path)
+        (tmp_path / "layer_names.json").write_text(json.dumps(LAYER_NAMES))
+        assert_opens_as(tmp_path, {f"model.layers.{name}": t for name, t in LAYERS.items()})
+        with pytest.raises(nbmerge.OptionError, match="the fp32 masters only"):
+            nbmerge.open_checkpoint(tmp_path, weights="model")
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_parameter_without_elements_keeps_its_shape(tmp_path: Path, stage: int):
+    write_deepspeed(tmp_path, Run(MASTERS, stage, 2, frozen={"none": torch.zeros(0, 3)}))
+    assert_opens_as(tmp_path, {**MASTERS, "none": torch.zeros(0, 3)})
+
+
+def test_a_parameter_with_a_master_of_its_own_is_no_alias(tmp_path: Path):
+    """Parameters without elements have the address of their neighbours, by which DeepSpeed tells what is shared."""
+    write_deepspeed(tmp_path, Run(MASTERS, 2, 2))
+    path = tmp_path / "global_step3" / "mp_rank_00_model_states.pt"
+    torch.save({**torch.load(path), "shared_params": {"model.layers.4.weight": "model.layers.0.weight"}}, path)
+    assert_opens_as(tmp_path, MASTERS)
+
+
+def test_masters_that_were_kept_in_bf16_are_called_so(tmp_path: Path):
+    folder = write_deepspeed(tmp_path, Run(MASTERS, 2, 1))
+    path = folder / "bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt"
+    with deepspeed_classes():
+        content = torch.load(path, weights_only=False)
+        state = content["optimizer_state_dict"]
+        state["single_partition_of_fp32_groups"] = [v.bfloat16() for v in state["single_partition_of_fp32_groups"]]
+        torch.save(content, path)
+    ckpt = assert_opens_as(tmp_path, {name: t.bfloat16() for name, t in MASTERS.items()})
+    assert ckpt.layout == "DeepSpeed ZeRO stage 2, bfloat16 masters"
+
+
+def test_a_rank_with_another_learning_rate_is_told(tmp_path: Path):
+    folder = write_deepspeed(tmp_path, Run(MASTERS, 2, 2))
+    path = folder / "bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt"
+    with deepspeed_classes():
+        content = torch.load(path, weights_only=False)
+        content["optimizer_state_dict"]["base_optimizer_state"]["param_groups"] = [{"lr": 2e-3}]
+        torch.save(content, path)
+    (note,) = nbmerge.open_checkpoint(tmp_path).notes
+    assert "learning rates differ" in note
+    assert f"{path.name} (0.002)" in note
+
+
+def test_a_parameter_that_the_optimizer_was_not_given_is_lost_at_stage_3(tmp_path: Path):
+    folder = write_deepspeed(tmp_path, Run(MASTERS, 3, 2))
+    for path in folder.glob("*_model_states.pt"):
+        content = torch.load(path)
+        content["module"]["head.weight"] = torch.empty(0, dtype=torch.bfloat16)
+        torch.save({**content, "frozen_param_shapes": {}, "frozen_param_fragments": {}}, path)
+    absence = assert_opens_as(tmp_path, MASTERS).absence
+    assert absence is not None
+    assert absence.explains("head.weight")
+    assert not absence.explains("model.layers.9.weight")
+    assert "neither frozen nor given to the optimizer" in absence.why
+
+
 class TestDirectories:
     def test_latest_says_which_tag(self, tmp_path: Path):
         write_deepspeed(tmp_path, Run(tensors_of([(2, 2)])), "global_step9")
@@ -235,6 +331,8 @@ class TestDirectories:
         import numpy as np
 
         state = {"args": argparse.Namespace(lr=0.1), "loss": np.float64(0.5), "seen": {1, 2}}
+        state["lr_scheduler"] = {"milestones": collections.Counter([2, 3])}  # MultiStepLR's
+        state["log"] = collections.defaultdict(list, loss=[0.5])
         write_deepspeed(tmp_path, Run(MASTERS, client_state=state))
         assert_opens_as(tmp_path, MASTERS)
 

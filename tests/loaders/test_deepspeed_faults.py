@@ -102,6 +102,18 @@ class TestRanks:
         message = refusal(InconsistentCheckpointError, open_checkpoint, tmp_path / "a")
         assert_says(message, "stage 3 and of another stage", model_file(folder).name)
 
+    def test_model_states_of_two_steps(self, tmp_path: Path):
+        folder = write_deepspeed(tmp_path, Run(MASTERS, 3, 3))
+        rewrite(model_file(folder, 1), lambda state: state.update(global_steps=9))
+        message = refusal(InconsistentCheckpointError, open_checkpoint, tmp_path)
+        assert_says(message, "several steps: 3 in", f"9 in {model_file(folder, 1).name}", "fix:")
+
+    def test_model_states_of_another_model(self, tmp_path: Path):
+        folder = write_deepspeed(tmp_path, Run(MASTERS, 3, 3))
+        rewrite(model_file(folder, 2), lambda state: state["param_shapes"][0].update({"model.layers.0.weight": [3, 5]}))
+        message = refusal(InconsistentCheckpointError, open_checkpoint, tmp_path)
+        assert_says(message, model_file(folder, 2).name, "other parameters or shapes", "fix:")
+
 
 class TestLengths:
     @pytest.mark.parametrize("by", [-1, 1, 5])
@@ -185,7 +197,7 @@ class TestTags:
         message = refusal(AmbiguousCheckpointError, open_checkpoint, tmp_path)
         assert_says(message, "2 tags", "a, b", "latest", str(tmp_path / "b"))
 
-    @pytest.mark.parametrize("text", ["../elsewhere", "/etc", "\x00", "", "\udcff"])
+    @pytest.mark.parametrize("text", ["../elsewhere", "/etc", "\x00", "", "\udcff", "x" * 300])
     def test_a_latest_that_names_no_tag_is_not_followed(self, tmp_path: Path, text: str):
         write_deepspeed(tmp_path / "elsewhere", Run(MASTERS), "tag", latest=False)
         (tmp_path / "run").mkdir()

@@ -205,8 +205,9 @@ class TestBesideTheWeights:
 
 class TestChunks:
     def test_they_begin_at_odd_bytes_too(self, tmp_path: Path):
+        """Which torch.save makes of odd sizes differs from version to version: an object before them has one."""
         tensors = llama()
-        checkpoint = opened(tmp_path, tensors)
+        checkpoint = opened(tmp_path, tensors, objects={"args/shard_0_1": (0, bytes(641))})
         assert_read(checkpoint, tensors)
         stored = dcp.FileSystemReader(tmp_path / "dist_ckpt").read_metadata().storage_data.values()
         assert {info.offset % 2 for info in stored} == {0, 1}

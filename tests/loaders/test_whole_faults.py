@@ -15,6 +15,7 @@ from nbmerge import (
     CorruptFileError,
     IncompleteCheckpointError,
     NotACheckpointError,
+    UnsupportedCheckpointError,
     open_checkpoint,
 )
 from tests.support.messages import assert_says, refusal
@@ -48,6 +49,50 @@ def test_a_single_file_beside_a_part_of_the_indexs_is_ambiguous(tmp_path: Path):
     said = refusal(AmbiguousCheckpointError, open_checkpoint, tmp_path)
     assert_says(said, "two sets of weights", HF.format(2), "fix:")
     assert HF.format(1) not in said
+
+
+def test_a_view_that_torch_saves_without_its_sign_is_refused(tmp_path: Path):
+    """The bytes are those behind the view: taken as they are, every number would have another sign."""
+    odd = torch.ones(2, 3, dtype=torch.complex64).conj().imag
+    torch.save({"a.weight": odd}, tmp_path / "pytorch_model.bin")
+    said = refusal(UnsupportedCheckpointError, open_checkpoint, tmp_path)
+    assert_says(said, "the negative of its bytes", "pytorch_model.bin", "resolve_neg()")
+
+
+def test_a_header_that_would_shift_a_tensor_and_fits_its_bytes(tmp_path: Path):
+    """Zeros after a header read as fields of it: nothing but the record's end tells that they are the tensor's."""
+    path = tmp_path / "pytorch_model.bin"
+    torch.save({"a.weight": torch.tensor([0] * 8 + [5])}, path)
+    data = bytearray(path.read_bytes())
+    data[data.rindex(b"PK\x03\x04", 0, data.index(b"pytorch_model/data/0")) + 28] += 64
+    path.write_bytes(data)
+    assert_says(refusal(CorruptFileError, open_checkpoint, tmp_path), "data/0 does not end", "cut short or damaged")
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", HF.format(2)])
+def test_a_link_to_a_blob_that_was_not_copied_is_told(tmp_path: Path, name: str):
+    write_indexed(tmp_path, small(), HF)
+    if name == "model.safetensors":
+        for path in tmp_path.iterdir():
+            path.unlink()
+    (tmp_path / name).unlink(missing_ok=True)
+    (tmp_path / name).symlink_to("../../blobs/0f3a")
+    said = refusal(IncompleteCheckpointError, open_checkpoint, tmp_path)
+    assert_says(said, f"{name} is missing", "link to ../../blobs/0f3a", "fix:")
+
+
+def test_an_index_that_names_what_no_file_can_be_called(tmp_path: Path):
+    write_indexed(tmp_path, small(), HF)
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(index.read_text().replace(HF.format(2), "x" * 300))
+    assert_says(refusal(IncompleteCheckpointError, open_checkpoint, tmp_path), "xxx is missing")
+    index.write_text("null")
+    assert_says(refusal(CorruptFileError, open_checkpoint, tmp_path), "it is no JSON object", index.name)
+
+
+def test_a_pointer_of_git_lfs_is_told(tmp_path: Path):
+    (tmp_path / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0f\nsize 9\n")
+    assert_says(refusal(CorruptFileError, open_checkpoint, tmp_path), "git-lfs", "git lfs pull")
 
 
 def test_every_damaged_file_is_told(tmp_path: Path):

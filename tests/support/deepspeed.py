@@ -95,6 +95,21 @@ def write_universal(directory: Path, run: Run, tag: str = "global_step3_universa
     return folder
 
 
+def write_pipeline(directory: Path, run: Run, tag: str = "global_step3") -> Path:
+    """What a PipelineModule of one stage saves: names are `0.weight`, layer and name within it. Gives the tag's."""
+    folder = write_deepspeed(directory, run, tag)
+    path = folder / "mp_rank_00_model_states.pt"
+    content = torch.load(path)
+    layers: dict[int, dict[str, torch.Tensor]] = {}
+    for name, tensor in content["module"].items():
+        number, _, local = name.partition(".")
+        layers.setdefault(int(number), {})[local] = tensor.clone()
+    for number, layer in layers.items():
+        torch.save(layer, folder / f"layer_{number:02d}-model_states.pt")
+    torch.save({**content, "module": None}, path)
+    return folder
+
+
 def model_states(run: Run, rank: int = 0) -> dict[str, Any]:
     """The content of a model states file."""
     parted = run.stage == 3

@@ -56,7 +56,7 @@ class Hub:
 
     large: bytes from which a file is sent apart from the commit;
     answers: error codes by a part of `METHOD path`; part_bytes: of large files that are sent in parts, 0 for none;
-    saying: the words of such an answer;
+    saying: the words of such an answer; refused: why no large file is taken;
     break_after: number of bytes of large files after which the connection breaks; hold_after: after which it stands
     still until `released`, and breaks then.
     """
@@ -67,6 +67,7 @@ class Hub:
     requests: list[str] = field(default_factory=list)
     answers: dict[str, int] = field(default_factory=dict)
     saying: str = "told to"
+    refused: str = ""
     sent: int = 0
     large: int = 10_000
     part_bytes: int = 0
@@ -202,7 +203,7 @@ class _Handler(BaseHTTPRequestHandler):
             known = rest in repository.branches
             repository.branches.setdefault(rest, dict(repository.branches["main"]))
             self._answer(409 if known else 200, {})
-        elif rest.split("/")[0] not in (*repository.branches, _sha(repository)):
+        elif (revision := _revision(repository, rest)) is None:
             self._answer(404, {"error": "Invalid rev id"}, X_Error_Code="RevisionNotFound")
         elif what == "preupload":
             modes = {
@@ -216,7 +217,7 @@ class _Handler(BaseHTTPRequestHandler):
         elif what == "commit":
             self._commit(name, repository, rest, body)
         elif what in ("tree", "revision"):
-            self._listing(name, repository, what, rest.split("/")[0])
+            self._listing(name, repository, what, revision)
         else:
             self._answer(404, {"error": "no such place"})
 
@@ -238,7 +239,9 @@ class _Handler(BaseHTTPRequestHandler):
         for each in asked["objects"]:
             oid, size = each["oid"], each["size"]
             entry: dict[str, Any] = {"oid": oid, "size": size}
-            if oid not in self.state.blobs:
+            if self.state.refused:
+                entry["error"] = {"code": 422, "message": self.state.refused}
+            elif oid not in self.state.blobs:
                 entry["actions"] = {
                     "upload": self._upload(oid, size),
                     "verify": {"href": f"{self.state.url}/lfs/verify"},
@@ -306,6 +309,12 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command == "GET":
             self.wfile.write(data)
+
+
+def _revision(repository: Repository, rest: str) -> str | None:
+    """The branch (`refs/pr/1` has slashes) or commit that an address begins with."""
+    known = (*repository.branches, _sha(repository))
+    return next((each for each in known if f"{rest}/".startswith(f"{each}/")), None)
 
 
 def _sha(repository: Repository) -> str:

@@ -209,7 +209,8 @@ def _write_metadata(
                 about.setdefault(entry.key, empty).chunks.append(_chunk(entry.box))
         where: Any = Path("/data/run/ckpt") if form.path_object else "/data/run/ckpt"
         meta = dcp.StorageMeta(checkpoint_id=where, save_id="0b5d1d8e-0000-4000-8000-000000000000")
-        made = classes[form.metadata_class](about, planner_data, dict(stored), meta, "1.0.0")
+        made = classes[form.metadata_class](about, planner_data, dict(stored), meta)
+        made.version = "1.0.0"  # torch before 2.7 has no such field
         if form.plans:
             made.all_local_plans = _plans(classes[form.plans], tensors, entries, form)
         if form.plans.startswith("MCore"):

@@ -19,6 +19,7 @@ from nbmerge.errors import (
     NotACheckpointError,
     OptionError,
     Problem,
+    UnsupportedCheckpointError,
     listing,
     plural,
 )
@@ -28,9 +29,14 @@ from nbmerge.loaders.assemble import paste
 from nbmerge.loaders.base import Loader, OpenOptions, index_error
 from nbmerge.loaders.dcp.directories import DISTCP, Place, find
 from nbmerge.loaders.dcp.metadata import METADATA, Index, TensorEntry, read_index
-from nbmerge.loaders.dcp.roots import EXTRA, OPTIMIZER, Division, divide, has_torchtitan_names, role_of
+from nbmerge.loaders.dcp.roots import EXTRA, OPTIMIZER, Division, divide, has_torchtitan_names
 from nbmerge.loaders.dcp.shards import read_shards, shape_of
 from nbmerge.loaders.dcp.storage import locate, rank_of
+
+# Keys under which training loops save a model's state dict.
+_MODEL_KEYS = frozenset(
+    {"app", "model", "model_state", "model_state_dict", "module", "network", "state_dict", "weights"}
+)
 
 
 @dataclass(frozen=True)
@@ -131,7 +137,7 @@ def _indexed(place: Place, options: OpenOptions, expected: Callable[[str], Shape
         layout="torch.distributed.checkpoint",
         tensors=_all_whole(made, place),
         files=tuple(_files(place, index, division)),
-        world_size=max((rank_of(path.name) for path in place.weights.glob("*.distcp")), default=0) + 1,
+        world_size=max(map(rank_of, index.files), default=0) + 1,
         notes=tuple(_notes(division, list(index.objects))),
     )
 
@@ -182,6 +188,13 @@ def _sharded(place: Place, options: OpenOptions, expected: Callable[[str], Shape
 def _without_weights(place: Place, index: Index) -> CheckpointError:
     near = [path for path in sorted(place.weights.parent.glob("pytorch_model_fsdp*")) if path != place.weights]
     names = [*index.tensors, *index.objects]
+    if whole := [name for name in index.objects if name.rpartition(".")[2] in _MODEL_KEYS]:
+        return UnsupportedCheckpointError(
+            f"the checkpoint holds no tensors of a model, but pickled objects: {listing(whole)}",
+            where=str(place.weights),
+            why="a planner with flatten_state_dict=False pickles each value of a nested state dict as one object",
+            fix="save with torch's default planner, or save the model's own state dict, not one inside another",
+        )
     return IncompleteCheckpointError(
         "the checkpoint holds no weights" + (f", only {listing(names)}" if names else ""), where=str(place.weights),
         why="the run saved the model elsewhere, or not at all",
@@ -193,17 +206,15 @@ def _files(place: Place, index: Index, division: Division) -> Iterable[SourceFil
     """The index and every file beside it, by what it holds; then what Accelerate lays beside the folder."""
     yield SourceFile.of(place.weights / METADATA, "weights")
     weights = {chunk.file for name in division.weights.values() for chunk in index.tensors[name].chunks}
-    optimizer = {
-        chunk.file for name, entry in index.tensors.items() if role_of(name) == OPTIMIZER for chunk in entry.chunks
-    }
-    for path in sorted(place.weights.glob("*.distcp")):
+    optimizer = {chunk.file for name in division.beside.get(OPTIMIZER, ()) for chunk in index.tensors[name].chunks}
+    for path in sorted(filter(Path.is_file, place.weights.glob("*.distcp"))):
         role = "weights" if path.name in weights else OPTIMIZER if path.name in optimizer else EXTRA
         yield SourceFile.of(path, role)
     if place.weights != place.root:
-        for path in sorted(place.root.glob("optimizer_*/*")):
+        for path in sorted(filter(Path.is_file, place.root.glob("optimizer_*/*"))):
             yield SourceFile.of(path, OPTIMIZER)
         for pattern in ("scheduler*", "random_states_*", "rng_state*", "sampler*"):
-            for path in sorted(path for path in place.root.glob(pattern) if path.is_file()):
+            for path in sorted(filter(Path.is_file, place.root.glob(pattern))):
                 yield SourceFile.of(path, EXTRA)
 
 

@@ -6,7 +6,7 @@ classes of their own in it. Source: torch/distributed/checkpoint/metadata.py and
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -63,6 +63,12 @@ class Index:
     tensors: Mapping[str, TensorEntry]
     objects: Mapping[str, StoredObject | None]
 
+    @property
+    def files(self) -> set[str]:
+        """Every file that it names, relative to the directory; others beside them are of another save."""
+        of_objects = {place.file for place in self.objects.values() if place is not None}
+        return of_objects | {chunk.file for entry in self.tensors.values() for chunk in entry.chunks}
+
 
 class _Record(StandIn):
     """A dataclass of torch that keeps the fields that are looked at, and no other."""
@@ -113,7 +119,7 @@ class _Storage(_Record):
     """_StorageInfo: where the bytes of an entry are."""
 
     __slots__ = ()
-    kept = frozenset({"relative_path", "offset", "length"})
+    kept = frozenset({"relative_path", "offset", "length", "transform_descriptors"})
 
 
 class _Properties(StandIn):
@@ -195,12 +201,17 @@ def read_index(directory: Path, *, trust_pickle: bool = False) -> Index:
     found = run(InertUnpickler(path.read_bytes(), path, allowed=_ALLOWED, trust_pickle=trust_pickle), path)
     try:
         index = _index(found)
+    except UnsupportedCheckpointError as error:
+        raise UnsupportedCheckpointError(
+            error.problem.what, where=str(path), why=error.problem.why, fix=error.problem.fix
+        ) from error
     except Exception as error:  # any object can stand anywhere in a pickle
         raise CorruptFileError(
             f"the index is not as torch writes it: {type(error).__name__}: {error}", where=str(path),
             why="it is damaged, or of a version that is not known",
             fix="copy it again from the machine that trained",
         ) from error  # fmt: skip
+    _refuse_safetensors(index.files, path)
     _refuse_shared_bytes(index, path)
     return index
 
@@ -238,6 +249,12 @@ def _places(storage: Mapping[Any, Any]) -> _Places:
         name, file = key.get("fqn"), info.get("relative_path")
         if not isinstance(name, str) or not isinstance(file, str):
             raise TypeError("bytes without the name of their tensor or of their file")
+        if applied := info.get("transform_descriptors"):
+            raise UnsupportedCheckpointError(
+                f"the bytes of {name} are transformed: {applied}",
+                why="FileSystemWriter was given _extensions, which compress or change what it writes",
+                fix="load it with torch and save it without extensions",
+            )
         at = (name, _shape(offset))
         place = (file, _natural(info.get("offset")), _natural(info.get("length")))
         if places.setdefault(at, place) != place:
@@ -293,6 +310,17 @@ def _natural(number: Any) -> int:
     return number
 
 
+def _refuse_safetensors(files: Iterable[str], path: Path) -> None:
+    found = [file for file in files if Path(file).parts == (file,) and begins_as_safetensors(path.parent / file)]
+    if found:
+        raise UnsupportedCheckpointError(
+            f"{min(found)} holds safetensors, not archives of torch.save", where=str(path),
+            why="it was saved by FileSystemWriter with serialization_format=SAFETENSORS, which this version does "
+            "not read",
+            fix="save with torch's default format, or with HuggingFaceStorageWriter(save_distributed=True)",
+        )  # fmt: skip
+
+
 def _refuse_shared_bytes(index: Index, path: Path) -> None:
     """Raises where two chunks have bytes in common: a damaged offset can lead to another chunk of the same form."""
     places = sorted(
@@ -303,13 +331,6 @@ def _refuse_shared_bytes(index: Index, path: Path) -> None:
     for (file, _, end, name), (other_file, start, _, other) in pairwise(places):
         if file != other_file or start >= end:
             continue
-        if Path(file).parts == (file,) and begins_as_safetensors(path.parent / file):
-            raise UnsupportedCheckpointError(
-                f"{file} holds safetensors, not archives of torch.save", where=str(path),
-                why="it was saved by FileSystemWriter with serialization_format=SAFETENSORS, which this version does "
-                "not read",
-                fix="save with torch's default format, or with HuggingFaceStorageWriter(save_distributed=True)",
-            )  # fmt: skip
         raise InconsistentCheckpointError(
             f"the index puts {other} where {name} is: byte {start:,} of {file} belongs to both", where=str(path),
             why="the index is damaged or was edited: each chunk has bytes of its own",

@@ -59,8 +59,10 @@ def divide(names: Iterable[str], expected: Expected | None, where: str) -> Divis
     """
     beside: dict[str, list[str]] = {}
     rest: list[str] = []
+    names = list(names)
+    of_optimizer = _with_state(names)
     for name in names:
-        role = role_of(name)
+        role = OPTIMIZER if name.rpartition(".")[0] in of_optimizer else role_of(name)
         if role is None:
             rest.append(name)
         else:
@@ -68,6 +70,16 @@ def divide(names: Iterable[str], expected: Expected | None, where: str) -> Divis
     root = _root(rest, [name for names in beside.values() for name in names], expected, where)
     weights = {name.removeprefix(root): name for name in rest if name.startswith(root)}
     return Division(root, weights, beside, [name for name in rest if not name.startswith(root)])
+
+
+def _with_state(names: Sequence[str]) -> set[str]:
+    """What stands before the names of an optimizer's state where its own key is missing: `state.norm.weight`.
+
+    torch's get_optimizer_state_dict(flatten_optimizer_state_dict=True) puts it so beside a flat model.
+    """
+    parents, known = {name.rpartition(".")[0] for name in names}, frozenset(names)
+    with_moments = {name.rpartition(".")[0] for name in names if _STATE.search(name)}
+    return with_moments | {parent for parent in parents if parent.partition("state.")[2] in known}
 
 
 def role_of(name: str) -> str | None:

@@ -13,7 +13,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from nbmerge.engine.safetensors_file import Entry, read_header
-from nbmerge.errors import CorruptFileError, IncompleteCheckpointError, Problem, listing, plural
+from nbmerge.errors import (
+    AmbiguousCheckpointError,
+    CorruptFileError,
+    IncompleteCheckpointError,
+    Problem,
+    listing,
+    plural,
+)
 from nbmerge.expressions import Stored
 from nbmerge.geometry import Box, Shape, contiguous_strides
 from nbmerge.loaders.assemble import disagreement
@@ -55,7 +62,8 @@ class Shards:
 def read_shards(directory: Path, options: OpenOptions) -> Shards:
     """The pieces that the files in a directory hold. Reads headers, in parallel.
 
-    Raises IncompleteCheckpointError where all ranks' files of one number are missing.
+    Raises IncompleteCheckpointError where all ranks' files of one number are missing, AmbiguousCheckpointError for
+    files of two saves.
     """
     files = tuple(path for path in sorted(directory.glob("*.safetensors")) if _speaks_of_pieces(path))
     _check_numbers(directory, files)
@@ -98,9 +106,18 @@ def _rank_of(path: Path) -> int:
 
 
 def _check_numbers(directory: Path, files: Iterable[Path]) -> None:
-    """Raises where a number that the names count to has no file of any rank. One rank alone may have nothing in it."""
+    """Raises where a number that the names count to has no file of any rank, or names count to several numbers.
+
+    One rank alone may have nothing in a file. A save that is written over another leaves its files of other names.
+    """
     numbers = [_NUMBERED.fullmatch(match[2]) for path in files if (match := SHARD.fullmatch(path.name))]
     there = {int(match[1]) for match in numbers if match}
+    if len(counts := sorted({match[2] for match in numbers if match})) > 1:
+        raise AmbiguousCheckpointError(
+            f"files of {len(counts)} saves lie in one directory", where=str(directory),
+            why=f"their names count to {listing(map(int, counts))}, and all files of a save count to one number",
+            fix="move the files of the older save away: " + listing(f"*-of-{each}.safetensors" for each in counts),
+        )  # fmt: skip
     count = max((int(match[2]) for match in numbers if match), default=0)
     absent = [number for number in range(1, count + 1) if number not in there]
     if absent:

@@ -25,7 +25,7 @@ from nbmerge.expressions import Stored
 from nbmerge.geometry import Box
 from nbmerge.loaders.base import OpenOptions
 from nbmerge.loaders.dcp.metadata import StoredChunk, StoredObject, TensorEntry
-from nbmerge.loaders.reading import read_all
+from nbmerge.loaders.reading import is_file, read_all
 from nbmerge.loaders.torch_zip import TorchZip
 from nbmerge.loaders.unpickle import InertUnpickler, run
 
@@ -82,7 +82,7 @@ def read_object(
     """
     _refuse_outside(directory, [place.file])
     path = directory / place.file
-    if not _is_file(path) or path.stat().st_size < place.offset + place.length:
+    if not is_file(path) or path.stat().st_size < place.offset + place.length:
         raise CorruptFileError(f"{place.file} ends before byte {place.offset + place.length:,}", where=str(path))
     archive = TorchZip(path, place.offset, place.length)
     return run(InertUnpickler(archive.pickle, path, archive, allowed=allowed, trust_pickle=trust_pickle), path)
@@ -97,7 +97,7 @@ def rank_of(file: str) -> int:
 def _check_files(directory: Path, chunks: Mapping[str, Sequence[StoredChunk]]) -> None:
     """Raises where a file is outside the directory, is not there, or ends before its last chunk."""
     _refuse_outside(directory, chunks)
-    missing = [file for file in chunks if not _is_file(directory / file)]
+    missing = [file for file in chunks if not is_file(directory / file)]
     if missing:
         raise IncompleteCheckpointError(
             f"{plural(len(missing), 'file')} of {len(chunks):,} {'is' if len(missing) == 1 else 'are'} missing",
@@ -128,13 +128,6 @@ def _refuse_outside(directory: Path, files: Iterable[str]) -> None:
             why="a checkpoint's files lie beside its index; this one was edited, and could read any file",
             fix="use the .metadata that training wrote",
         )  # fmt: skip
-
-
-def _is_file(path: Path) -> bool:
-    try:
-        return path.is_file()
-    except (OSError, ValueError):  # a name that no file can have: too long, or with a NUL in it
-        return False
 
 
 def _tensors_of_file(

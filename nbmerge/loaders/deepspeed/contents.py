@@ -19,15 +19,20 @@ from nbmerge.loaders.deepspeed.states import HALVES, ModelStates
 class Contents:
     """The tensors that were found, and what a reader should know of them.
 
-    widened: 16-bit tensors that have no master, by name, with their dtype; problems: what does not fit.
+    dtype: of the masters, where there are any; widened: 16-bit tensors that have no master, by name, with their dtype;
+    lost: parameters whose data is in no file; remarks: what looks odd, in words; problems: what does not fit.
     """
 
     tensors: dict[str, LazyTensor] = field(default_factory=dict)
+    dtype: DType | None = None
+    lost: list[str] = field(default_factory=list)
     widened: dict[str, DType] = field(default_factory=dict)
+    remarks: tuple[str, ...] = ()
     problems: list[Problem] = field(default_factory=list)
 
     def notes(self) -> Iterator[str]:
-        """What was widened, in words."""
+        """What looks odd and what was widened, in words."""
+        yield from self.remarks
         if self.widened:
             dtypes = " and ".join(sorted({dtype.name for dtype in self.widened.values()}))
             yield (
@@ -47,31 +52,32 @@ def master_contents(masters: Mapping[str, LazyTensor], states: Sequence[ModelSta
     A name without data of its own is given the tensor that it shares.
     """
     first = states[0]
-    found = Contents()
-    to = next((tensor.dtype for tensor in masters.values()), None)
+    found = Contents(dtype=next((tensor.dtype for tensor in masters.values()), None))
     frozen = _frozen(states, ranks, found.problems)
     by_place = {_place(stored): name for name, stored in first.module.items() if name in masters and stored.numel}
     for name in dict.fromkeys([*first.module, *masters, *frozen, *first.shared]):
         stored = first.module.get(name)
-        holder = first.shared.get(name, name)
+        holder = name if name in masters or name in frozen else first.shared.get(name, name)
         if stored is not None and holder not in masters:
             holder = by_place.get(_place(stored), holder)  # versions before 0.8 don't say what is shared
         if holder in masters:
             found.tensors[name] = replace(masters[holder], name=name)
         elif holder in frozen:
-            found.tensors[name] = _widened(replace(frozen[holder], name=name), to, found)
+            found.tensors[name] = _widened(replace(frozen[holder], name=name), found)
         elif stored is not None and not _is_placeholder(stored, name, states):
-            found.tensors[name] = _widened(_whole(name, stored), to, found)
+            found.tensors[name] = _widened(_whole(name, stored), found)
+        elif stored is not None:
+            found.lost.append(name)
     return found
 
 
-def _place(stored: Stored) -> tuple[int, Shape, Shape]:
-    return stored.offset, stored.shape, stored.strides
+def _place(stored: Stored) -> tuple[str, int, Shape, Shape]:
+    return stored.file, stored.offset, stored.shape, stored.strides
 
 
 def _is_placeholder(stored: Stored, name: str, states: Sequence[ModelStates]) -> bool:
     """Whether an entry of the module stands for a parameter whose data stage 3 has elsewhere."""
-    return stored.numel == 0 and name not in states[0].buffers
+    return stored.numel == 0 and states[0].stage not in (0, 1, 2) and name not in states[0].buffers
 
 
 def _whole(name: str, stored: Stored) -> LazyTensor:
@@ -79,8 +85,9 @@ def _whole(name: str, stored: Stored) -> LazyTensor:
     return LazyTensor(name, stored, (Chunk(Box.whole(stored.shape), stored, 0),))
 
 
-def _widened(tensor: LazyTensor, to: DType | None, found: Contents) -> LazyTensor:
+def _widened(tensor: LazyTensor, found: Contents) -> LazyTensor:
     """The tensor in the masters' dtype, where it has 16 bits, so that the result has one dtype."""
+    to = found.dtype
     if to is None or tensor.dtype.name not in HALVES or to.name in HALVES:
         return tensor
     found.widened[tensor.name] = tensor.dtype

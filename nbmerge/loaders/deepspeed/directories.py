@@ -22,7 +22,8 @@ _LAYER = re.compile(r"layer_(\d+)(?:-model_(\d+))?-model_states\.pt")
 _EXPERT = re.compile(r"(layer_\d+_)?expert_\d+_mp_rank_\d+_model_states\.pt|expp_rank_\d+_mp_rank_\d+_optim_states\.pt")
 _POINTERS = ("latest", "latest_universal")
 _DEFAULT_TAG = re.compile(r"global_step\d+(_universal)?")  # what `save_checkpoint` writes without a tag
-_LONGEST_TAG = 4096  # bytes
+_LONGEST_TAG = 1024  # bytes
+_LONGEST_NAME = 255  # bytes, of a file
 _MOST_CHILDREN = 1000  # a home directory given by mistake must not take minutes
 
 
@@ -193,7 +194,8 @@ def _pointed(path: Path) -> str:
         return ""
     parts = Path(text).parts
     is_name = text.isprintable() and bool(parts) and not Path(text).is_absolute() and ".." not in parts
-    return text if is_name else ""
+    is_short = all(len(part.encode()) <= _LONGEST_NAME for part in parts)
+    return text if is_name and is_short else ""
 
 
 def _tags_below(directory: Path) -> Iterator[Path]:

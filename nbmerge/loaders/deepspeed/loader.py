@@ -13,9 +13,9 @@ from nbmerge.loaders.base import Loader, OpenOptions, config_directory, index_er
 from nbmerge.loaders.deepspeed.contents import Contents, master_contents, module_contents
 from nbmerge.loaders.deepspeed.directories import Found, TagFiles
 from nbmerge.loaders.deepspeed.masters import Masters, read_masters
-from nbmerge.loaders.deepspeed.pipeline import NAMES_FILE, pipeline_states
-from nbmerge.loaders.deepspeed.refusals import check_ranks, refuse_forms, tensor_parallel
-from nbmerge.loaders.deepspeed.states import ModelStates
+from nbmerge.loaders.deepspeed.pipeline import NAMES_FILE, pipeline_states, universal_names
+from nbmerge.loaders.deepspeed.refusals import check_one_step, check_ranks, refuse_forms, tensor_parallel
+from nbmerge.loaders.deepspeed.states import HALVES, ModelStates
 from nbmerge.loaders.deepspeed.universal import universal_masters
 from nbmerge.loaders.reading import read_files
 
@@ -93,11 +93,12 @@ def _model_states(files: TagFiles, options: OpenOptions) -> tuple[ModelStates, .
     paths = parted or (files.model if files.layers else dict([next(iter(files.model.items()))]))
     found = read_files(paths, options, partial(ModelStates.read, trust_pickle=options.trust_pickle))
     first = next(iter(found.values()))
-    is_joined = files.universal and options.weights != MODEL
+    is_joined = files.universal and (options.weights != MODEL or not first.module)
     if first.model_parallel > 1 and not is_joined and not files.layers:
         raise tensor_parallel(files, first.model_parallel)
     if parted:
         check_ranks(parted, first.ranks or max(parted) + 1)
+    check_one_step(tuple(found.values()), same_shapes=bool(parted))
     return tuple(found.values())
 
 
@@ -111,6 +112,8 @@ def _taken(files: TagFiles, states: Sequence[ModelStates], options: OpenOptions)
         states = (joined,)
     elif weights == MASTER and files.universal:
         tensors = universal_masters(files.universal, states, options)
+        if not any(state.module for state in states):
+            tensors = universal_names(files, tensors)
         states = tuple(state.without_shards(tensors) for state in states)
         masters = Masters(tensors, states[0].ranks or len(states), states[0].stage)
     elif weights == MASTER:
@@ -119,6 +122,7 @@ def _taken(files: TagFiles, states: Sequence[ModelStates], options: OpenOptions)
     if weights == MODEL:
         return _Taken(MODEL, states[0], module_contents(states[0]), masters.ranks, stage)
     contents = master_contents(masters.tensors, states, masters.ranks)
+    contents.remarks += masters.remarks
     contents.problems[:0] = masters.problems
     return _Taken(MASTER, states[0], contents, masters.ranks, stage)
 
@@ -131,6 +135,11 @@ def _chosen(files: TagFiles, states: ModelStates, wanted: str | None) -> str:
                 "weights='model': ZeRO stage 3 does not save the 16-bit weights, only the fp32 masters",
                 why="the model's own tensors were cut over the ranks and are empty in its files",
                 fix="take the masters, rounded: --dtype bfloat16 (or float16, if trained so) gives the trained bits",
+            )
+        if files.universal and not states.module:
+            raise OptionError(
+                "weights='model': a universal checkpoint of a PipelineModule has the fp32 masters only",
+                fix="leave it out, with --dtype bfloat16 to round them; or pass the checkpoint that it was made of",
             )
         return MASTER if files.parted else MODEL  # trained in fp32, the two are the same
     if files.optimizer or files.universal:
@@ -156,7 +165,9 @@ def _layout(files: TagFiles, taken: _Taken) -> str:
     form = "universal" if files.universal else "pipeline" if files.layers else ""
     stage = "" if taken.stage is None else f"ZeRO stage {taken.stage}"
     size = "16-bit" if taken.states.is_16_bit else "own"
-    which = "fp32 masters" if taken.weights == MASTER else f"the model's {size} weights"
+    dtype = taken.contents.dtype
+    masters = "fp32 masters" if dtype is None or dtype.name not in HALVES else f"{dtype.name} masters"
+    which = masters if taken.weights == MASTER else f"the model's {size} weights"
     return f"DeepSpeed {', '.join(filter(None, (stage, form, which)))}"
 
 
@@ -182,14 +193,26 @@ def _notes(files: TagFiles, taken: _Taken) -> Iterator[str]:
 
 
 def _absence(taken: _Taken) -> Absence | None:
-    """Why tensors of the model may not be there, unless the files list every frozen one."""
-    if taken.states.frozen_shapes is not None:
+    """Why tensors of the model may not be there, unless the files list every frozen one and hold all that they list."""
+    lost = taken.contents.lost
+    if taken.states.frozen_shapes is None:
+        why = (
+            "the module was there when it was saved, and the tensor was not: DeepSpeed's exclude_frozen_parameters "
+            "leaves frozen weights out"
+        )
+        modules = taken.states.modules
+    elif lost:
+        why = (
+            "the parameter was neither frozen nor given to the optimizer, and ZeRO stage 3 saves no other data of it: "
+            f"so with {listing(lost)}"
+        )
+        modules = frozenset(name.rpartition(".")[0] for name in lost)
+    else:
         return None
     dtypes = {tensor.dtype for tensor in taken.contents.tensors.values() if tensor.dtype.is_floating}
     return Absence(
-        "the module was there when it was saved, and the tensor was not: DeepSpeed's exclude_frozen_parameters leaves "
-        "frozen weights out",
-        "take the frozen weights from the model that training started from: --base_model DIR",
-        taken.states.modules,
+        why,
+        "take the weights that did not change from the model that training started from: --base_model DIR",
+        modules,
         dtypes.pop() if len(dtypes) == 1 and taken.weights == MASTER else None,
     )

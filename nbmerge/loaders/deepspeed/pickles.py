@@ -8,7 +8,7 @@ from typing import Any
 
 from nbmerge.errors import UnsupportedCheckpointError
 from nbmerge.loaders.megatron.pickles import ALLOWED as CARRIED  # arrays and options in the user's client state
-from nbmerge.loaders.standins import Opaque, StandIn
+from nbmerge.loaders.standins import Function, Opaque, StandIn, StateDict
 from nbmerge.loaders.unpickle import load_torch_file
 
 
@@ -18,7 +18,13 @@ class Enumeration(StandIn):
     __slots__ = ()
 
 
+def _without_factory(*_: Any) -> StateDict:
+    """A collections.defaultdict, whose entries the pickle puts in after."""
+    return StateDict()
+
+
 _CLASSES = {
+    "collections": ("Counter",),  # of torch's MultiStepLR
     "deepspeed.runtime.fp16.loss_scaler": (
         "DynamicLossScaler", "LossScaleConfig", "LossScaleProfile", "LossScaler", "LossScalerBase",
     ),
@@ -27,6 +33,8 @@ _CLASSES = {
 
 ALLOWED: Mapping[tuple[str, str], Any] = {
     **CARRIED,
+    ("collections", "defaultdict"): Function(_without_factory),
+    **{(module, name): Opaque for module in ("builtins", "__builtin__") for name in ("dict", "float", "int", "list")},
     ("deepspeed.runtime.zero.config", "ZeroStageEnum"): Enumeration,
     **{(module, name): Opaque for module, names in _CLASSES.items() for name in names},
 }

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from nbmerge.errors import CheckpointError, IncompleteCheckpointError, UnsupportedCheckpointError, listing, plural
 from nbmerge.expressions import Stored
+from nbmerge.layout import LazyTensor
 from nbmerge.loaders.base import OpenOptions
 from nbmerge.loaders.deepspeed import pickles
 from nbmerge.loaders.deepspeed.directories import TagFiles
@@ -50,8 +51,7 @@ class LayerNames:
 
     def in_model(self, key: str, local: str) -> str:
         """The name in the model of a layer's tensor."""
-        name = self._names[key]
-        return f"{name}.{local}" if name else local
+        return ".".join(filter(None, (self._names[key], local)))
 
 
 def _names_in(path: Path) -> dict[str, str]:
@@ -87,15 +87,31 @@ def pipeline_states(
         for (number, _), tensors in layers.items()
         for local, stored in tensors.items()
     }
-    masters = {}
+    masters: dict[str, LazyTensor] = {}
     for part in reversed(parts):  # a tied layer is on several stages, which keep it equal: the first one's counts
         for name, tensor in part.tensors.items():
             renamed = _in_model(name, names)
             masters[renamed] = replace(tensor, name=renamed)
     problems = [problem for part in parts for problem in part.problems]
     first = next(iter(stages.values()))
-    joined = Masters(masters, max((part.ranks for part in parts), default=1), first.stage, problems)
+    remarks = tuple(remark for part in parts for remark in part.remarks)
+    joined = Masters(masters, max((part.ranks for part in parts), default=1), first.stage, problems, remarks)
     return replace(first, path=files.path, module=module), joined
+
+
+def universal_names(files: TagFiles, masters: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
+    """The masters of a universal checkpoint of a PipelineModule, which has no files of layers, by names in the model.
+
+    Raises UnsupportedCheckpointError where no file names the layers.
+    """
+    needed: dict[str, list[str]] = {}
+    for name in masters:
+        if match := _TIED_PARAMETER.fullmatch(name):
+            needed.setdefault(match[1], []).append(match[2])
+        elif match := _LAYER_PARAMETER.fullmatch(name):
+            needed.setdefault(_key(int(match[1])), []).append(match[2])
+    names = LayerNames(files, {key: listing(local) for key, local in needed.items()})
+    return {new: replace(tensor, name=new) for old, tensor in masters.items() for new in [_in_model(old, names)]}
 
 
 def _in_model(name: str, names: LayerNames) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from nbmerge.errors import (
@@ -14,7 +14,7 @@ from nbmerge.errors import (
     plural,
 )
 from nbmerge.loaders.deepspeed.directories import TagFiles
-from nbmerge.loaders.deepspeed.states import OptimizerStates
+from nbmerge.loaders.deepspeed.states import ModelStates, OptimizerStates
 
 _RANK = re.compile(r"pp_rank_\d+_")
 
@@ -80,6 +80,29 @@ def check_ranks(files: Mapping[int, Path], world_size: int) -> None:
             where=str(first.parent),
             why="a run with more ranks saved under the same tag",
             fix="move them away if they are older than the others",
+        )
+
+
+def check_one_step(states: Sequence[ModelStates], *, same_shapes: bool) -> None:
+    """Raises InconsistentCheckpointError for model states of several steps, or with other shapes on another rank."""
+    first = states[0]
+    others = [state for state in states if state.step != first.step]
+    if others:
+        raise InconsistentCheckpointError(
+            f"the model states are of several steps: {first.step} in {first.path.name}, "
+            + listing((f"{state.step} in {state.path.name}" for state in others), shown=4),
+            where=str(first.path.parent),
+            why="files of two saves lie under one tag",
+            fix="copy the files of all ranks again from the machines that trained",
+        )
+    others = [state for state in states if same_shapes and state.groups != first.groups]
+    if others:
+        raise InconsistentCheckpointError(
+            f"{listing((state.path.name for state in others), shown=4)} and {first.path.name} name other parameters or "
+            "shapes",
+            where=str(first.path.parent),
+            why="the files are of two checkpoints: every rank of ZeRO stage 3 has the same param_shapes",
+            fix="copy the files of all ranks again from the machines that trained",
         )
 
 

@@ -24,8 +24,8 @@ class ModelStates:
     module: the 16-bit weights, or placeholders of no elements at stage 3; objects: entries of it that are no tensors;
     groups: `param_shapes`, the shapes of each group of the optimizer in the order in which they were flattened;
     frozen_shapes, frozen: of frozen parameters, None where saving left them out; shared: alias → the name that holds
-    the data; modules: names of all modules of the model, parameters or not; stage: of ds_config; ranks,
-    model_parallel: how many data-parallel and model-parallel ranks there were.
+    the data; modules: names of all modules of the model, parameters or not; stage: of ds_config; step: of
+    training; ranks, model_parallel: how many data-parallel and model-parallel ranks there were.
     """
 
     path: Path
@@ -38,6 +38,7 @@ class ModelStates:
     shared: Mapping[str, str] = field(default_factory=dict)
     modules: frozenset[str] = frozenset()
     stage: int | None = None
+    step: int | None = None
     ranks: int | None = None
     model_parallel: int = 1
 
@@ -77,6 +78,7 @@ class ModelStates:
             {str(alias): str(holder) for alias, holder in form.mapping("shared_params").items()},
             _modules(module),
             pickles.number(zero.get("stage")) if isinstance(zero, Mapping) else None,
+            pickles.number(form.content.get("global_steps")),
             pickles.number(form.content.get("dp_world_size")),
             pickles.number(form.content.get("mp_world_size")) or 1,
         )
@@ -88,7 +90,8 @@ class OptimizerStates:
 
     vectors: one flat vector for each group; is_parted: whether each parameter is cut over the ranks (stage 3), else
     each group is; partitions: how many ranks share them; paddings: elements that were appended to each group, and
-    `keeps_padding` whether they were saved; alignment: elements to skip after each parameter of a group.
+    `keeps_padding` whether they were saved; alignment: elements to skip after each parameter of a group; rates: the
+    learning rate of each group, where the file says it.
     """
 
     path: Path
@@ -99,6 +102,7 @@ class OptimizerStates:
     paddings: tuple[int, ...] = ()
     keeps_padding: bool = False
     alignment: tuple[tuple[int, ...], ...] = ()
+    rates: tuple[float, ...] = ()
 
     @staticmethod
     def read(path: Path, *, trust_pickle: bool = False) -> OptimizerStates:
@@ -120,6 +124,7 @@ class OptimizerStates:
             paddings=form.numbers(form.sequence("group_paddings"), "group_paddings"),
             keeps_padding="zero_stage" not in form.content,  # BF16_Optimizer, which has none, does not strip it
             alignment=tuple(form.numbers(group, "param_alignment_paddings") for group in _as_list(alignment)),
+            rates=_rates(form.content.get("base_optimizer_state") or form.content.get("optimizer_state_dict")),
         )
 
 
@@ -184,6 +189,13 @@ class _Form:
 def _as_list(value: Any) -> Sequence[Any]:
     """A list as it is, one thing as a list of it, None as none."""
     return value if isinstance(value, (list, tuple)) else () if value is None else (value,)
+
+
+def _rates(optimizer: Any) -> tuple[float, ...]:
+    """The learning rates in the state of a torch optimizer; none where it has another form."""
+    groups = optimizer.get("param_groups") if isinstance(optimizer, Mapping) else ()
+    rates = [group.get("lr") for group in _as_list(groups) if isinstance(group, Mapping)]
+    return tuple(rate for rate in rates if isinstance(rate, float))
 
 
 def _modules(module: Mapping[Any, Any]) -> frozenset[str]:

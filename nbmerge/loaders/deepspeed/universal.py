@@ -1,7 +1,8 @@
 """Universal checkpoints: `zero/NAME/fp32.pt`, the master of one parameter, as ds_to_universal.py writes them.
 
 From stages 1 and 2 a file holds {param: the tensor, cat_dim: …}, from stage 3 the flat tensor, whose shape stands in
-the model states. Source: deepspeed/checkpoint/ds_to_universal.py.
+the model states. What the optimizer does not have (frozen weights, buffers) may have a file too, as floats even of
+integers: the module's own is taken. Source: deepspeed/checkpoint/ds_to_universal.py.
 """
 
 from __future__ import annotations
@@ -30,8 +31,11 @@ def universal_masters(
 ) -> dict[str, LazyTensor]:
     """The masters by name. Raises CheckpointError with all that is wrong, UnsafePickleError."""
     shapes = {name: shape for state in states for group in state.groups for name, shape in group.items()}
+    folder = next(iter(files.values())).parents[1]
+    elsewhere = _in_module(states[0]) if shapes else set()
+    files = {name: path for name, path in files.items() if name in shapes or name not in elsewhere}
     contents = read_files(files, options, lambda path: _content(path, options))
-    problems = [_missing(name, files) for name in shapes if name not in files]
+    problems = [_missing(name, folder) for name in shapes if name not in files]
     masters: dict[str, LazyTensor] = {}
     for name, content in contents.items():
         stored = _shaped(content, shapes.get(name), files[name])
@@ -40,17 +44,20 @@ def universal_masters(
         else:
             masters[name] = LazyTensor(name, stored, (Chunk(Box.whole(stored.shape), stored, 0),))
     if problems:
-        raise index_error(problems, _folder(files))
+        raise index_error(problems, folder)
     return masters
 
 
-def _folder(files: Mapping[str, Path]) -> Path:
-    return next(iter(files.values())).parents[1]
+def _in_module(states: ModelStates) -> set[str]:
+    """The names that the module holds whole: of tensor-parallel ranks, only the buffers."""
+    if states.model_parallel > 1:
+        return states.module.keys() & states.buffers
+    return {name for name, stored in states.module.items() if stored.numel or name in states.buffers}
 
 
-def _missing(name: str, files: Mapping[str, Path]) -> Problem:
+def _missing(name: str, folder: Path) -> Problem:
     return Problem(
-        f"there is no {name}/fp32.pt, which has the master of {name}", where=str(_folder(files)),
+        f"there is no {name}/fp32.pt, which has the master of {name}", where=str(folder),
         why="the directory was not copied whole, or the conversion was stopped",
         fix="copy it again, or convert the checkpoint again with ds_to_universal.py", kind="missing",
     )  # fmt: skip

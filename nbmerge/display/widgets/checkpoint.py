@@ -1,0 +1,151 @@
+"""`Checkpoint.explore()`: filter and sort its parameters, choose a tensor, see its shard map and its statistics."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import ipywidgets as widgets
+
+from nbmerge.display import words
+from nbmerge.display.fit import fit
+from nbmerge.display.html import render_html
+from nbmerge.display.meshes import placement_in_words
+from nbmerge.display.model import Cell, Column, Section, View
+from nbmerge.display.tensor_views import tensor_view
+from nbmerge.display.widgets.explorer import Explorer, html, labelled
+from nbmerge.display.widgets.statistics import StatisticsPanel
+from nbmerge.display.widgets.table import Picker, sized
+from nbmerge.errors import plural
+from nbmerge.layout import Checkpoint
+
+_ANY = ""  # in a dropdown: whatever it is
+_NAME, _PLACEMENT = 56, 36  # characters that are shown in the table
+_COLUMNS = (
+    Column("parameter", code=True), Column("shape"), Column("dtype"), Column("placement"),
+    Column("bytes", number=True), Column("share", number=True),
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """What is filtered and sorted. folded: the name without upper case."""
+
+    name: str
+    folded: str
+    dtype: str
+    placement: str
+    nbytes: int
+
+
+_ORDERS: Mapping[str, Callable[[_Row], Any] | None] = {
+    "as stored": None,
+    "name": lambda row: row.name,
+    "largest first": lambda row: -row.nbytes,
+    "smallest first": lambda row: row.nbytes,
+    "dtype": lambda row: row.dtype,
+    "placement": lambda row: row.placement,
+}
+
+
+class CheckpointExplorer(Explorer):
+    """The parameters of a checkpoint in pages of 50, and one of them from near. Reads a tensor when asked to.
+
+    name, dtype, placement, order: the inputs; picker: the table; statistics: the panel below.
+    """
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint = checkpoint
+        self._total = checkpoint.nbytes
+        self._rows = [
+            _Row(name, name.casefold(), str(one.dtype), placement_in_words(one, checkpoint), one.nbytes)
+            for name, one in checkpoint.tensors.items()
+        ]
+        self._found: list[_Row] = []
+        self.name = labelled(widgets.Text, "Filter", placeholder="q_proj, layers.3.*weight", layout=sized("320px"))
+        self.dtype = _choice("dtype", (row.dtype for row in self._rows), "150px")
+        self.placement = _choice("placement", (row.placement for row in self._rows), "280px")
+        self.order = labelled(widgets.Dropdown, "Sort", options=list(_ORDERS), layout=sized("170px"))
+        self.said, self.detail = html(), html()
+        self.statistics = StatisticsPanel(self._follow)
+        self.picker = Picker(_COLUMNS, self._cells, self._on_choice, "parameters")
+        inputs = (self.name, self.dtype, self.placement, self.order)
+        bar = widgets.HBox(inputs, layout=widgets.Layout(flex_flow="row wrap"))
+        super().__init__([bar, self.said, self.picker.widget, self.detail, self.statistics.widget])
+        for one in inputs:
+            one.observe(self._on_filter, "value")
+        self._on_filter()
+
+    def view(self) -> View:
+        """The page of the table, and the chosen tensor with what is known of its elements."""
+        table = replace(self.picker.table(), rows_are="tensors", rest=".tensors")
+        found = self.statistics.view
+        sections = [Section("Parameters", self._sentence(), tables=(table,), opened=True)]
+        if self.picker.key is not None:
+            near = tensor_view(self.checkpoint[self.picker.key])
+            sections.append(Section("Chosen tensor", near.sentence, facts=near.facts))
+            sections += near.sections
+        if found:
+            tables = tuple(table for section in found.sections for table in section.tables)
+            sections.append(Section(found.title, found.sentence, tables=tables, opened=True))
+        where = words.elide(str(self.checkpoint.path), 2 * words.NAME_LIMIT)
+        alerts = found.alerts if found else ()
+        return View("Checkpoint explorer", where, alerts=alerts, sections=tuple(sections))
+
+    def _on_filter(self, _: object = None) -> None:
+        patterns = [word.split("*") for word in self.name.value.casefold().split()]
+        dtype, placement = self.dtype.value, self.placement.value
+        found = [row for row in self._rows if dtype in (_ANY, row.dtype) and placement in (_ANY, row.placement)]
+        for parts in patterns:
+            found = [row for row in found if _in_order(row.folded, parts)]
+        if order := _ORDERS[self.order.value]:
+            found.sort(key=order)
+        self._found = found
+        self.said.value = render_html(View("Parameters", self._sentence()))
+        self.picker.show([row.name for row in found])
+
+    def _sentence(self) -> str:
+        size = words.byte_size(sum(row.nbytes for row in self._found))
+        return f"{len(self._found):,} of {plural(len(self._rows), 'tensor')}, {size}"
+
+    def _cells(self, name: str) -> Sequence[Cell]:
+        tensor = self.checkpoint[name]
+        return (
+            Cell(words.elide(name, _NAME)),
+            Cell(words.shape_of(tensor.shape)),
+            Cell(str(tensor.dtype)),
+            Cell(words.elide(placement_in_words(tensor, self.checkpoint), _PLACEMENT)),
+            Cell(words.byte_size(tensor.nbytes)),
+            Cell(words.percent(tensor.nbytes, self._total), bar=tensor.nbytes / (self._total or 1)),
+        )
+
+    def _on_choice(self) -> None:
+        key = self.picker.key
+        tensor = None if key is None else self.checkpoint[key]
+        nothing = View("Parameters", "no tensor is like this; clear the filter to see all of them")
+        self.detail.value = render_html(fit(tensor_view(tensor)) if tensor else nothing)
+        self.statistics.show(tensor)
+        self._follow()
+
+
+def _choice(what: str, values: Iterable[str], width: str) -> Any:
+    """A dropdown of the values that occur, the most frequent ones first."""
+    counts: dict[str, int] = {}
+    for value in values:
+        counts[value] = counts.get(value, 0) + 1
+    found = sorted(counts, key=lambda value: -counts[value])
+    options = [(f"any {what}", _ANY), *((words.elide(value, 60), value) for value in found)]
+    return labelled(widgets.Dropdown, what.capitalize() if what != "dtype" else what, options=options,
+                    layout=sized(width))  # fmt: skip
+
+
+def _in_order(name: str, parts: Sequence[str]) -> bool:
+    """Whether the parts occur in the name, one after the other."""
+    start = 0
+    for part in parts:
+        at = name.find(part, start)
+        if at < 0:
+            return False
+        start = at + len(part)
+    return True

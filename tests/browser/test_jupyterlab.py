@@ -1,0 +1,130 @@
+"""Every display in a real JupyterLab: both themes, trusted and not, read by the computed styles of a real browser."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import pytest
+
+from tests.browser.gallery import KERNEL, write_gallery
+from tests.browser.lab import CHROMIUM, Lab, browser, lab, open_notebook
+from tests.support.models import write_model_world
+
+pytestmark = [
+    pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed (Debian: apt install chromium)"),
+    pytest.mark.skipif(importlib.util.find_spec("playwright") is None, reason="playwright is not installed"),
+    pytest.mark.xdist_group("browser"),
+]
+_LOOK = (Path(__file__).parent / "look.js").read_text("utf-8").partition("\n() =>")[2]
+_SCREENSHOTS = os.environ.get("NBMERGE_SCREENSHOTS")
+"""A directory for pictures of all cells, for a designer's eye; without it none are taken."""
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Any]:
+    with browser() as made:
+        yield made
+
+
+@pytest.fixture(scope="module", params=["light", "dark"])
+def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Lab, str]]:
+    """A server in each theme."""
+    with lab(tmp_path_factory.mktemp("lab"), request.param) as made:
+        yield made, request.param
+
+
+@pytest.mark.parametrize("trusted", [True, False], ids=["trusted", "untrusted"])
+def test_every_display_is_legible(served: tuple[Lab, str], chromium: Any, trusted: bool) -> None:
+    server, theme = served
+    name = f"gallery-{theme}-{'trusted' if trusted else 'untrusted'}.ipynb"
+    count = write_gallery(server.root / name)
+    if trusted:
+        server.trust(name)
+    page, seen = open_notebook(chromium, server.address(name))
+    page.wait_for_function(f"document.querySelectorAll('.jp-OutputArea-output').length >= {count}", timeout=60_000)
+    page.evaluate("document.querySelectorAll('details').forEach(one => one.open = true)")
+    found = page.evaluate(f"() =>{_LOOK}")
+    _keep(page, name)
+    # The styles of a notebook that is not trusted are dropped, and what they improve with them.
+    assert page.evaluate("document.querySelectorAll('.jp-OutputArea-output style').length > 0") is trusted
+    assert found["texts"] > 1000
+    assert found["faint"] == []
+    assert found["wide"] == []
+    assert (seen.errors, seen.dialogs) == ([], [])
+    page.close()
+
+
+def _keep(page: Any, name: str) -> None:
+    """Screenshots, where they are asked for."""
+    if _SCREENSHOTS:
+        Path(_SCREENSHOTS).mkdir(exist_ok=True)
+        for number, cell in enumerate(page.locator(".jp-Cell").all()):
+            cell.screenshot(path=f"{_SCREENSHOTS}/{Path(name).stem}-{number:02}.png")
+
+
+_SLOW = """\
+import time
+from pathlib import Path
+from nbmerge.engine import sources
+
+first = sources.LocalFiles.read_into
+
+
+def slowly(self, *args):
+    time.sleep(slow)
+    return first(self, *args)
+
+
+sources.LocalFiles.read_into = slowly
+slow = 0.2
+%load_ext nbmerge
+"""
+
+
+def test_the_stop_button_stops_a_merge_and_a_second_run_takes_it_up(
+    tmp_path_factory: pytest.TempPathFactory, chromium: Any
+) -> None:
+    root = tmp_path_factory.mktemp("lab")
+    write_model_world(root / "actor", "qwen2")
+    merge = "%merge_ckpt actor --target_dir out --max_shard_size 8kB --workers 1 --dtype bfloat16"
+    cells = [_SLOW, merge, "print('the kernel lives', Path('out').exists())", f"slow = 0\n{merge}"]
+    made = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells], metadata=KERNEL)
+    nbformat.write(made, root / "stop.ipynb")
+    with lab(root, "light") as server:
+        page, seen = open_notebook(chromium, server.address("stop.ipynb"))
+        page.get_by_text("Python 3 (ipykernel) | Idle").wait_for(timeout=120_000)
+        _run_cell(page, 0)
+        _finished(page, 0)
+        _run_cell(page, 1)
+        page.locator(".jp-Cell").nth(1).locator(".jp-OutputArea-output").first.wait_for(timeout=60_000)
+        _keep(page, "stop-progress.ipynb")
+        page.get_by_role("button", name="Interrupt the kernel").first.click()
+        _finished(page, 1)
+        assert "KeyboardInterrupt" in page.locator(".jp-Cell").nth(1).inner_text()
+        _run_cell(page, 2)
+        _finished(page, 2)
+        assert "the kernel lives False" in page.locator(".jp-Cell").nth(2).inner_text()
+        _run_cell(page, 3)
+        _finished(page, 3)
+        _keep(page, "stop-done.ipynb")
+        assert "of Qwen2ForCausalLM into out" in page.locator(".jp-Cell").nth(3).inner_text()
+        assert (root / "out/model.safetensors.index.json").is_file()
+        assert [path.name for path in root.iterdir() if "nbmerge" in path.name] == []
+        assert (seen.errors, seen.dialogs) == ([], [])
+        page.close()
+
+
+def _run_cell(page: Any, number: int) -> None:
+    page.locator(".jp-Cell").nth(number).locator(".jp-InputArea-editor").click()
+    page.keyboard.press("Control+Enter")
+
+
+def _finished(page: Any, number: int) -> None:
+    """Waits until the cell has the number of a run that is over."""
+    prompt = f"document.querySelectorAll('.jp-Cell')[{number}].querySelector('.jp-InputPrompt').innerText"
+    page.wait_for_function(f"/\\[\\d+\\]/.test({prompt})", timeout=120_000)
