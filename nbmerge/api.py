@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from nbmerge.errors import OptionError
 from nbmerge.layout import Checkpoint
 from nbmerge.opening import PLAN_TIME, PathLike, listener_of, make_plan_of, merge_options, refuse_given
-from nbmerge.options import OPEN_ONLY, OPEN_OPTIONS
+from nbmerge.options import OPEN_ONLY
 from nbmerge.plan import MergePlan
 from nbmerge.report import MergeReport
 
@@ -171,19 +171,21 @@ def average(
         nbmerge.average(["global_step_80/actor", "global_step_100/actor"], "averaged", weights=[1, 3])
 
     checkpoints: what `diff` takes. weights: one for each, of which the proportions count; equal ones by default. Each
-    element is Σ wᵢ·xᵢ / Σ wᵢ in float32, rounded once to the stored dtype; integers must be equal in all. options: the
-    keywords of `nbmerge.merge`. To prove the result: `validate(target_dir, checkpoint=checkpoints)`.
+    element is Σ wᵢ·xᵢ / Σ wᵢ in float32, rounded once: to the stored dtype, or to `dtype`. Integers must be equal in
+    all. options: the keywords of `nbmerge.merge`; adapters are folded (lora="fold") into each checkpoint before. To
+    prove the result: `validate(target_dir, checkpoint=checkpoints)`.
 
     Raises as `merge` does, and InconsistentCheckpointError with all in which the checkpoints are not of one model.
     """
-    from nbmerge.averaging import averaged_checkpoint
+    from nbmerge.averaging import averaged_checkpoint, result_options
+    from nbmerge.averaging_sources import names_paths
 
     asked = merge_options(options)  # before anything is read
+    if not names_paths(checkpoints):
+        refuse_given(asked, OPEN_ONLY, "opened checkpoints", "open_checkpoint")
     refuse_hopeless_upload(asked.hf_upload_path, private=asked.private)
-    opening = {name: value for name, value in options.items() if name in OPEN_OPTIONS}
-    mean = averaged_checkpoint(checkpoints, weights, progress=progress, **opening)
-    rest = {name: value for name, value in options.items() if name not in OPEN_ONLY}
-    plan = make_plan_of(mean, merge_options(rest), progress)
+    mean = averaged_checkpoint(checkpoints, weights, progress=progress, **options)
+    plan = make_plan_of(mean, merge_options(result_options(options)), progress)
     report = carry_out(plan, target_dir, overwrite=asked.overwrite, dry_run=asked.dry_run, progress=progress)
     return uploaded(report, asked.hf_upload_path, private=asked.private, progress=progress)
 

@@ -51,7 +51,9 @@ def main(words: Sequence[str] | None = None) -> int:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return PROBLEM
     except KeyboardInterrupt as stop:
-        again = "run the same command again to take up where it stopped" if words[0] in ("merge", "push") else ""
+        again = (
+            "run the same command again to take up where it stopped" if words[0] in ("merge", "average", "push") else ""
+        )
         print("; ".join(filter(None, ("interrupted", str(stop) or again))), file=sys.stderr)
         return INTERRUPTED
     except OSError as error:
@@ -147,7 +149,9 @@ def _validate(options: argparse.Namespace) -> int:
     import nbmerge
 
     given = given_options(options, ValidateOptions)
-    report = nbmerge.validate(options.model_dir, checkpoint=options.checkpoint, reference=options.reference, **given)
+    checkpoints = options.checkpoint or [None]
+    checkpoint = checkpoints[0] if len(checkpoints) == 1 else checkpoints
+    report = nbmerge.validate(options.model_dir, checkpoint=checkpoint, reference=options.reference, **given)
     print(report)
     return OK if report.ok else PROBLEM
 
@@ -215,7 +219,10 @@ def _commands() -> dict[str, _Command]:
     add_options(test.parser, MergeOptions, _TEST_OPTIONS)
     validate = _Command("validate", "check a merged directory, and every value against its checkpoint", _validate)
     validate.parser.add_argument("model_dir", metavar="DIR", help="the merged directory")
-    validate.parser.add_argument("--checkpoint", metavar="CKPT", help="the checkpoint that it was merged from")
+    validate.parser.add_argument(
+        "--checkpoint", action="append", metavar="CKPT",
+        help="the checkpoint that it was merged from; of an average, once for each",
+    )  # fmt: skip
     validate.parser.add_argument("--reference", metavar="REF", help="a model that it should be close to")
     add_options(validate.parser, ValidateOptions)
     diff = _Command("diff", "show which weights changed between two models, by how much, and where", _diff)

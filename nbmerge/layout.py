@@ -16,6 +16,7 @@ from nbmerge.geometry import Box, Shape
 from nbmerge.shown import Displayed, Explored, Plotted
 
 if TYPE_CHECKING:
+    from nbmerge.plan import Equality
     from nbmerge.tensor_stats import TensorStats
 
 
@@ -196,6 +197,7 @@ class Checkpoint(Displayed, Explored, Plotted):
     origin: for tensors that no file of `files` holds, what tells this checkpoint from another;
     opened_with: options of `open_checkpoint` that shape the tensors, where they were given;
     averaged: of an average, where each checkpoint lies that it is the mean of, with its weight;
+    compared: what else must be equal when it is merged: copies and ties of the checkpoints that it is the mean of;
     absence: why tensors may be missing, where saving can leave some out;
     whole: whether its files hold whole tensors, so that they tell nothing of ranks.
     """
@@ -217,6 +219,7 @@ class Checkpoint(Displayed, Explored, Plotted):
     origin: str = ""
     opened_with: Mapping[str, object] = field(default_factory=dict)
     averaged: tuple[tuple[str, float], ...] = ()
+    compared: tuple[Equality, ...] = ()
     problems: tuple[Problem, ...] = ()
     absence: Absence | None = None
     whole: bool = False

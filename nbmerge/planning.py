@@ -25,7 +25,7 @@ from nbmerge.naming.lora.separate import Separated
 from nbmerge.naming.model import HFModel
 from nbmerge.naming.notes import Filled
 from nbmerge.naming.published import Base
-from nbmerge.naming.versions import of_later_transformers
+from nbmerge.naming.versions import explained
 from nbmerge.options import MergeOptions, expanded_path, parse_size
 from nbmerge.plan import CastNote, Execution, MergePlan, OutputFile, SideFile
 from nbmerge.side_files import Edits, SideFiles, edited_config, side_files
@@ -43,6 +43,7 @@ def make_plan(checkpoint: Checkpoint, model: HFModel, options: MergeOptions) -> 
     facts = model.facts
     base = _base_of(options)
     named, lora = outputs_with_adapter(checkpoint, facts, options, base)
+    named = explained(named, model.config, checkpoint.tensors)
     outputs, casts = _cast(named.outputs, facts, options)
     adapter_files, adapter_casts = _adapter_files(lora, facts, options)
     unsafe = _unsafe_names(outputs)
@@ -64,13 +65,13 @@ def make_plan(checkpoint: Checkpoint, model: HFModel, options: MergeOptions) -> 
         execution=_execution((*files, *adapter_files), options), casts=(*casts, *adapter_casts),
         drops=(*named.drops, *(lora.drops if lora else ())),
         ties=named.ties, trims=named.trims, fills=named.fills, base_files=_files_of(named.fills, outputs, base),
-        unloaded=named.unloaded, renamed=named.renamed, config_edits=edits, probed=probed, equalities=equalities,
+        unloaded=named.unloaded, renamed=named.renamed, config_edits=edits, probed=probed,
+        equalities=(*equalities, *checkpoint.compared),
         drift=drift, versions=versions() | ({"peft": lora.facts.peft} if lora and lora.facts else {}), model=model,
         lora=lora.facts if lora else None, adapter_files=adapter_files,
         problems=(
             *checkpoint.problems, *(lora.problems if lora else ()),
-            *of_later_transformers(model.config, checkpoint.tensors, named.problems), *named.problems, *unsafe.values(),
-            *beside.problems, *unequal,
+            *named.problems, *unsafe.values(), *beside.problems, *unequal,
         ),
         mismatches=named.mismatches, diagnosis=named.diagnosis,
     )  # fmt: skip

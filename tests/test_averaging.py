@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,8 +13,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import nbmerge
-from nbmerge import InconsistentCheckpointError, OptionError, cli
-from nbmerge.averaging import averaged_checkpoint
+from nbmerge import ConfigError, InconsistentCheckpointError, OptionError, PlanError, TargetError, cli
+from nbmerge.averaging import _mean, _shares, averaged_checkpoint
+from nbmerge.dtypes import BY_NAME
+from nbmerge.engine.read import read
+from nbmerge.engine.sources import LocalFiles
+from nbmerge.expressions import Compute, Fill, walk
+from nbmerge.geometry import Box
+from nbmerge.plan import Equality
+from tests.support.adapters import adapted, save_adapter_config, write_world
 from tests.support.messages import assert_says, refusal
 from tests.support.models import memory_state, save_tiny_model, write_model_world
 from tests.support.results import assert_same, bits, bits_of, bits_of_all, receipt_of, saved_bits
@@ -128,6 +138,13 @@ def test_checkpoints_of_two_models_are_refused_with_all_that_differs(run: list[P
         (["one", "two"], [0, 0], "not all 0"),
         (["one", "two"], [1, float("nan")], "nan"),
         (["one", "two"], [2, -1], "-1"),
+        (["one", "two"], [1, float("inf")], "inf"),
+        (["one", "two"], [1, "2"], "'2'"),
+        (["one", "two"], [1, True], "True"),
+        (["one", "two"], [1, 10**400], "finite"),
+        (["one", "two"], "model", "open_checkpoint"),
+        (["one", "two"], "12", "a list of numbers"),
+        (["one", "two"], 3, "a list of numbers"),
     ],
 )
 def test_options_that_mean_nothing(sources: list[str], weights: list[float] | None, words: str):
@@ -142,15 +159,111 @@ def test_an_average_is_a_checkpoint_like_any_other(run: list[Path], tmp_path: Pa
     assert nbmerge.average(run, dry_run=True).plan.total_bytes > 0
 
 
-@given(st.lists(st.floats(0.01, 100), min_size=2, max_size=4))
+@given(st.lists(st.floats(0.01, 100) | st.floats(1e300, 1e308) | st.floats(1e-300, 1e-290), min_size=2, max_size=4))
 def test_the_mean_lies_between_its_parts(weights: list[float]):
-    from nbmerge.averaging import _mean_in
-    from nbmerge.dtypes import BY_NAME
+    parts = [Fill(float(n), (3,), BY_NAME["float32"]) for n in range(len(weights))]
+    mean = _mean(parts, _shares(["one"] * len(weights), weights), None)
+    with LocalFiles() as files:
+        found = read(mean, Box((0,), (3,)), files).view("float32")
+    shares = [weight / max(weights) for weight in weights]
+    exact = sum(n * share for n, share in enumerate(shares)) / sum(shares)
+    assert found.tolist() == pytest.approx([exact] * 3, rel=1e-6)  # float32's rounding of each product
 
-    tensors = [torch.full((3,), float(n)) for n in range(len(weights))]
-    found = _mean_in(BY_NAME["float32"], weights)(*tensors)
-    exact = sum(n * w for n, w in enumerate(weights)) / sum(weights)
-    assert torch.allclose(found, torch.full((3,), exact), rtol=1e-6)  # float32's rounding of each product
+
+def test_a_cast_rounds_the_mean_once(run: list[Path], tmp_path: Path):
+    """To a dtype that holds more than the stored one, too."""
+    exact = mean_of([{name: t.float() for name, t in state_of(seed).items()} for seed in range(3)])
+    for dtype in ("float32", "float16"):
+        nbmerge.average(run, tmp_path / dtype, dtype=dtype)
+        assert_same(
+            saved_bits(tmp_path / dtype), bits_of_all({n: t.to(getattr(torch, dtype)) for n, t in exact.items()})
+        )
+        assert nbmerge.validate(tmp_path / dtype, checkpoint=run, checks="source", progress=False).ok
+
+
+def test_no_checkpoint_of_an_average_is_written_over(run: list[Path], tmp_path: Path):
+    models = [save_tiny_model("qwen2", tmp_path / "models" / name, "bfloat16") for name in ("a", "b")]
+    for target in (models[1], tmp_path / "models", run[1] / "huggingface"):
+        message = refusal(TargetError, nbmerge.average, [*models, run[1]], target, overwrite=True)
+        assert_says(message, "the target", "choose another directory")
+    assert (models[1] / "model.safetensors").exists()
+
+
+def test_copies_that_drifted_apart_are_told_of_each_checkpoint(run: list[Path], tmp_path: Path):
+    """Rank 1 of a checkpoint holds another copy of a tensor than rank 0, as a merge of it alone tells too."""
+    plan = nbmerge.plan_merge(run[1])
+    a, b = (Fill(value, (2,), BY_NAME["float32"]) for value in (1.0, 2.0))
+    drifted = replace(plan, probed=(Equality("w", a, b, (0, 1), Box((0,), (2,))),))
+    report = nbmerge.average([run[0], drifted], tmp_path / "out")
+    assert [each.name for each in report.drift] == [f"w of {run[1]}"]
+    untied = replace(plan, equalities=(Equality("head", a, b, kept="embedding"),))
+    message = refusal(InconsistentCheckpointError, nbmerge.average, [run[0], untied], tmp_path / "two")
+    assert_says(message, f"head of {run[1]} is tied to embedding")
+
+
+def test_settings_that_no_shape_shows_must_agree(run: list[Path], tmp_path: Path):
+    path = run[2] / "huggingface" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "hidden_act": "gelu"}))
+    message = refusal(InconsistentCheckpointError, nbmerge.average, run, tmp_path / "out")
+    assert_says(message, "hidden_act is 'silu'", "'gelu' here", str(run[2]))
+    assert nbmerge.average(run, dry_run=True, hf_model_config_path=run[0] / "huggingface").plan.total_bytes
+
+
+def test_a_checkpoint_without_a_config_takes_anothers(run: list[Path], tmp_path: Path):
+    shutil.rmtree(run[0] / "huggingface")
+    nbmerge.average(run, tmp_path / "out")
+    assert_same(saved_bits(tmp_path / "out"), bits_of_all(mean_of([state_of(seed) for seed in range(3)])))
+    shutil.rmtree(run[1] / "huggingface")
+    shutil.rmtree(run[2] / "huggingface")
+    assert_says(refusal(ConfigError, nbmerge.average, run, tmp_path / "none"), "config.json", "--hf_model_config_path")
+
+
+def test_adapters_are_folded_first(tmp_path: Path):
+    model = adapted("qwen2")
+    write_world(tmp_path / "run", model)
+    save_adapter_config(model, tmp_path / "run")
+    nbmerge.merge(tmp_path / "run", tmp_path / "folded", lora="fold")
+    message = refusal(
+        TargetError, nbmerge.merge, tmp_path / "run", tmp_path / "folded", lora="fold", overwrite=True,
+        base_model=tmp_path / "folded",
+    )  # fmt: skip
+    assert_says(message, "the target is the base model itself")
+    report = nbmerge.average([tmp_path / "run", tmp_path / "folded"], tmp_path / "out", lora="fold")
+    assert_same(saved_bits(tmp_path / "out"), saved_bits(tmp_path / "folded"))
+    assert report.receipt["options"]["lora"] == "fold"
+    sources = [tmp_path / "run", tmp_path / "folded"]
+    assert nbmerge.validate(tmp_path / "out", checkpoint=sources, checks="source", progress=False).ok
+    message = refusal(OptionError, nbmerge.average, sources, tmp_path / "two", lora="split")
+    assert_says(message, "lora='fold'")
+    nbmerge.merge(tmp_path / "run", tmp_path / "split", lora="split")
+    message = refusal(PlanError, nbmerge.average, [tmp_path / "split", tmp_path / "folded"], tmp_path / "two")
+    assert_says(message, "an adapter lies beside the weights", "split")
+
+
+def test_an_average_of_an_average_is_refused(run: list[Path]):
+    message = refusal(OptionError, averaged_checkpoint, [averaged_checkpoint(run[:2]), run[2]])
+    assert_says(message, "rounded twice", str(run[0]), str(run[1]))
+
+
+def test_what_comes_too_late_for_opened_checkpoints_is_told(run: list[Path]):
+    opened = [nbmerge.open_checkpoint(path) for path in run]
+    assert_says(refusal(OptionError, nbmerge.average, opened, trust_pickle=True), "cannot change opened checkpoints")
+    assert nbmerge.average([run[0], *opened[1:]], dry_run=True, trust_pickle=True).plan.total_bytes
+
+
+def test_memory_does_not_grow_with_the_number_of_checkpoints(run: list[Path]):
+    few, many = (nbmerge.average(run * times, dry_run=True).plan.execution for times in (1, 10))
+    assert few.peak_bytes == many.peak_bytes
+
+
+def test_a_tensor_of_three_dimensions_is_cut_by_rows():
+    """One expert may be larger than a block: half of it is not made of the whole."""
+    parts = [Fill(float(n), (2, 3, 4), BY_NAME["float32"]) for n in range(2)]
+    mean = _mean(parts, [1.0, 1.0], None)
+    assert mean.shape == (2, 3, 4)
+    assert max(len(node.shape) for node in walk(mean) if isinstance(node, Compute)) == 2
+    with LocalFiles() as files:
+        assert read(mean, Box((1, 1, 0), (1, 2, 4)), files).view("float32").tolist() == [[[0.5] * 4] * 2]
 
 
 def test_the_command_line_averages(run: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -161,3 +274,5 @@ def test_the_command_line_averages(run: list[Path], tmp_path: Path, capsys: pyte
         assert f"from {share} ×" in out
         assert path.name in out
     assert_same(saved_bits(tmp_path / "out"), bits_of_all(mean_of([state_of(seed) for seed in range(3)], [1, 3, 0.5])))
+    named = [word for path in run for word in ("--checkpoint", str(path))]
+    assert cli.main(["validate", str(tmp_path / "out"), *named, "--checks", "source"]) == 0

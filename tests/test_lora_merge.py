@@ -13,7 +13,7 @@ import torch
 import nbmerge
 from tests.support.adapters import Adapted, adapted, save_adapter_config, write_world
 from tests.support.models import HAS_CONVERSIONS, save_tiny_model, tiny_model
-from tests.support.results import assert_same, receipt_of, saved_bits
+from tests.support.results import assert_same, bits_of_all, receipt_of, saved_bits
 
 KINDS: dict[str, dict[str, Any]] = {
     "linear": {},
@@ -30,6 +30,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "bias_all": {"target_modules": ["q_proj", "down_proj"], "bias": "all"},
     "modules_to_save": {"modules_to_save": ["lm_head"]},
     "modules_to_save_nested": {"target_modules": ["q_proj"], "modules_to_save": ["mlp"]},
+    "modules_to_save_one": {"target_modules": ["q_proj"], "modules_to_save": ["layers.1.mlp", "model.norm"]},
 }
 
 # What only adapter_config.json says.
@@ -125,6 +126,54 @@ def test_adapters_of_fused_experts_are_folded_before_they_are_renamed(tmp_path: 
         family, dtype, target_modules=["q_proj"], r=2, target_parameters=["experts.gate_up_proj", "experts.down_proj"]
     )
     assert_same(saved_bits(merged(made, tmp_path, lora="fold")), made.folded())
+
+
+@pytest.mark.parametrize(
+    "config", [{"modules_to_save": ["norm"]}, {"bias": "lora_only"}, {"bias": "all"}], ids=["norms", "biases", "all"]
+)
+def test_peft_s_own_file_without_a_config_loses_nothing(tmp_path: Path, config: dict[str, Any]):
+    """Modules that are whole were trained whole, and biases beside an adapter were trained."""
+    from peft import PeftModel, get_peft_model_state_dict
+
+    made = adapted(target_modules=["q_proj"], **config)
+    with torch.no_grad():
+        for name, tensor in made.model.named_parameters():
+            if name.endswith(".bias") and tensor.requires_grad:
+                tensor.add_(1)
+    state = {name: tensor.clone() for name, tensor in get_peft_model_state_dict(made.model).items()}
+    write_world(tmp_path / "ckpt", made, state)
+    nbmerge.merge(tmp_path / "ckpt", tmp_path / "out", lora="adapter", lora_alpha=5)
+    loaded = PeftModel.from_pretrained(copy.deepcopy(tiny_model("qwen2")), tmp_path / "out" / "lora_adapter").eval()
+    assert_same(Adapted("qwen2", loaded).folded(), made.folded())
+
+
+def test_biases_do_not_replace_those_of_a_module_that_was_trained_whole(tmp_path: Path):
+    made = adapted(target_modules=["q_proj"], bias="all", modules_to_save=["k_proj"])
+    out = merged(made, tmp_path, lora="adapter")
+    name = "base_model.model.model.layers.0.self_attn.k_proj"
+    want = bits_of_all({f"{name}.bias": made.state()[f"{name}.modules_to_save.default.bias"]})
+    assert saved_bits(out / "lora_adapter")[f"{name}.bias"] == want[f"{name}.bias"]
+
+
+def test_a_matrix_that_target_parameters_names_is_rounded_before_it_is_added(tmp_path: Path):
+    made = adapted("qwen2", "bfloat16", target_modules=[], target_parameters=["q_proj.weight"])
+    for name, tensor in made.model.named_parameters():
+        if "lora_" in name:
+            tensor.data = tensor.data.float()
+    assert_same(saved_bits(merged(made, tmp_path, lora="fold")), made.folded())
+
+
+@pytest.mark.skipif(not HAS_CONVERSIONS, reason="experts are fused in memory from transformers 5 on")
+def test_patterns_are_of_the_parameter_s_own_name(tmp_path: Path):
+    made = adapted(
+        "qwen3_moe", target_modules=["q_proj"], target_parameters=["experts.gate_up_proj", "experts.down_proj"],
+        alpha_pattern={"experts.gate_up_proj": 7, "mlp.experts": 9}, rank_pattern={"experts.down_proj": 2},
+    )  # fmt: skip
+    out = merged(made, tmp_path, lora="fold")
+    assert_same(saved_bits(out), made.folded())
+    recorded = receipt_of(out)["lora"]
+    assert recorded["rank_pattern"] == {f"model.layers.{i}.mlp.experts.down_proj": 2 for i in range(2)}
+    assert recorded["alpha_pattern"] == {f"model.layers.{i}.mlp.experts.gate_up_proj": 7 for i in range(2)}
 
 
 @pytest.mark.skipif(not HAS_CONVERSIONS, reason="experts are fused in memory from transformers 5 on")

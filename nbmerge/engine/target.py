@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nbmerge.errors import SpaceError, TargetError, listing
+from nbmerge.options import expanded_path
 from nbmerge.plan import MergePlan
 from nbmerge.receipt import RECEIPT_NAME
 
@@ -87,7 +88,14 @@ def _refuse_the_source(plan: MergePlan, target: Path) -> None:
             why="the merged directory is a new one, so that the checkpoint stays as training left it",
             fix=elsewhere,
         )
-    for what, path in (("the checkpoint", source), ("the directory that config and tokenizer are read from", config)):
+    read = [("the checkpoint", source), ("the directory that config and tokenizer are read from", config)]
+    for each in (Path(path).resolve() for path, _ in plan.checkpoint.averaged):
+        read += [("a checkpoint of the average", each), ("the config of a checkpoint", each / "huggingface")]
+    files = (*plan.base_files, *(plan.checkpoint.files if plan.checkpoint.averaged else ()))
+    read += [("a directory that weights are read from", path) for path in {f.path.parent.resolve() for f in files}]
+    if plan.options.base_model:
+        read.append(("the base model", expanded_path(plan.options.base_model).resolve()))
+    for what, path in read:
         if real == path or real in path.parents:
             raise TargetError(
                 f"the target is {what} itself" if real == path else f"the target holds {what}",

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from nbmerge.engine.target import is_model_file
 from nbmerge.errors import NotACheckpointError, OptionError
-from nbmerge.receipt import RECEIPT_NAME
+from nbmerge.export.elsewhere import for_elsewhere
+from nbmerge.receipt import RECEIPT_NAME, encoded
 
 CARD = "README.md"
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt")
@@ -20,16 +21,20 @@ _FOLDERS = {"lora_adapter", "chat_templates", "additional_chat_templates"}
 @dataclass(frozen=True)
 class Contents:
     """files: by path in the repository, with where they are; left_out: what the directory holds beside; a folder of
-    which nothing belongs to a model is named once. stamps: size and time of each file when it was listed.
+    which nothing belongs to a model is named once. stamps: size and time of each file when it was listed;
+    rewritten: what goes up in place of a file.
     """
 
     files: dict[str, Path]
     left_out: tuple[str, ...]
     stamps: dict[str, tuple[int, int]]
+    rewritten: dict[str, bytes] = field(default_factory=dict)
 
     def sizes(self) -> dict[str, int]:
-        """Bytes of each file."""
-        return {name: self.stamps[name][0] for name in self.files}
+        """Bytes of each file, as the repository has it."""
+        return {
+            name: len(self.rewritten[name]) if name in self.rewritten else self.stamps[name][0] for name in self.files
+        }
 
     def without(self, name: str) -> Contents:
         """The same, but for a file that stays here."""
@@ -41,7 +46,8 @@ class Contents:
 
 
 def contents_of(directory: Path, receipt: dict[str, Any]) -> Contents:
-    """The files of a model's directory. receipt: as it stands there, or empty.
+    """The files of a model's directory. receipt: as it stands there, or empty; it
+    goes up without this machine's paths.
 
     Raises NotACheckpointError for a directory without weights, OptionError for a link that leads out of it.
     """
@@ -67,7 +73,13 @@ def contents_of(directory: Path, receipt: dict[str, Any]) -> Contents:
             "there are no weights to upload", where=str(directory), why="no .safetensors file of a model is in it",
             fix="pass the directory that a merge wrote; a training checkpoint is merged first",
         )  # fmt: skip
-    return Contents(files, tuple(left_out), {name: _stamp(path) for name, path in files.items()})
+    rewritten: dict[str, bytes] = {}
+    if RECEIPT_NAME in files and not receipt:  # one that cannot be read cannot be freed of its paths
+        del files[RECEIPT_NAME]
+        left_out.append(RECEIPT_NAME)
+    elif RECEIPT_NAME in files and (cut := for_elsewhere(receipt)) != receipt:
+        rewritten[RECEIPT_NAME] = encoded(cut)
+    return Contents(files, tuple(left_out), {name: _stamp(path) for name, path in files.items()}, rewritten)
 
 
 def _stamp(path: Path) -> tuple[int, int]:

@@ -89,7 +89,8 @@ def push_to_hub(
     Hub has it. replace: delete, in the same commit, weights in the repository that are none of this model's; without
     it those that transformers would load in place of these are an error, and others are left and told. token: of
     huggingface_hub's login by default. An upload that broke off goes on where it stopped when called again. Under
-    torchrun only rank 0 uploads; the report of the others has no commit.
+    torchrun only rank 0 uploads; the report of the others has no commit. The receipt goes up with this machine's paths
+    cut to their last three components; the one in the directory stays as it is.
 
     Raises HubError, each in a sentence with its remedy; VerificationError where the directory does not pass;
     NotACheckpointError, OptionError.
@@ -183,6 +184,8 @@ def _known_base(api: HfApi, directory: Path, repo_id: str) -> str | None:
 def _message(receipt: dict[str, Any]) -> str:
     source = receipt.get("source")
     layout = source.get("layout") if isinstance(source, dict) else None
+    if isinstance(source, dict) and source.get("averaged"):
+        return f"Upload {layout}"
     return f"Upload the merge of a checkpoint ({layout})" if layout else "Upload the model"
 
 

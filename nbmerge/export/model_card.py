@@ -98,11 +98,11 @@ def _opening(config: dict[str, Any], receipt: dict[str, Any]) -> str:
 def _facts(directory: Path, receipt: dict[str, Any]) -> Iterator[tuple[str, str]]:
     source = _part(receipt, "source")
     path = Path(str(source.get("path", "")))
-    # Of the directory itself, or of one close around it (checkpoint-9/pytorch_model_fsdp_0): /data/step_2 says nothing.
-    steps = (step_of(each) for each in (path, *path.parents[:2]))
-    step = next((step for step in steps if step is not None), None)
+    step = _step(path)
     if step is not None and not source.get("averaged"):
         yield "training step", f"{step:,}"
+    if steps_and_shares := _averaged_steps(source):
+        yield "training steps", steps_and_shares
     ranks = source.get("world_size")
     if isinstance(ranks, int) and ranks > 1 and not source.get("averaged"):  # whole files tell nothing of ranks
         yield "written by", plural(ranks, "rank")
@@ -113,6 +113,24 @@ def _facts(directory: Path, receipt: dict[str, Any]) -> Iterator[tuple[str, str]
     versions = _part(receipt, "versions")
     if versions:
         yield "merged with", ", ".join(f"{name} {version}" for name, version in versions.items())
+
+
+def _step(path: Path) -> int | None:
+    """Of the directory, or of one close around it (checkpoint-9/pytorch_model_fsdp_0): /data/step_2 says nothing."""
+    steps = (step_of(each) for each in (path, *path.parents[:2]))
+    return next((step for step in steps if step is not None), None)
+
+
+def _averaged_steps(source: dict[str, Any]) -> str:
+    """The steps that an average is of, with their shares; empty where one is not known."""
+    entries = _entries(source, "averaged")
+    steps = [_step(Path(str(entry.get("path", "")))) for entry in entries]
+    weights = [entry.get("weight") for entry in entries]
+    shares = [weight for weight in weights if isinstance(weight, (int, float))]
+    if not entries or len(shares) != len(entries) or not sum(shares) > 0 or None in steps:
+        return ""
+    parts = [f"{step:,} ({share / sum(shares):.4g})" for step, share in zip(steps, shares, strict=True)]
+    return listing(parts, shown=_LISTED)
 
 
 def _dtypes(directory: Path, receipt: dict[str, Any]) -> list[str]:

@@ -94,7 +94,10 @@ def _commit(
             f"files changed since they were checked: {listing(changed)}", where=repo_id,
             why="something still writes to the directory", fix="wait until nothing does, and push again",
         )  # fmt: skip
-    added = [CommitOperationAdd(name, path.resolve()) for name, path in contents.files.items()]
+    added = [
+        CommitOperationAdd(name, contents.rewritten.get(name) or path.resolve())
+        for name, path in contents.files.items()
+    ]
     if text:
         added.append(CommitOperationAdd(CARD, text.encode()))
     deleted = [CommitOperationDelete(name, is_folder=False) for name in removed]

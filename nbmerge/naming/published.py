@@ -21,6 +21,7 @@ from nbmerge.naming.inverse import inverted
 from nbmerge.naming.lora.keys import adapter_names
 from nbmerge.naming.notes import Drop, Filled, Tie, Trim
 from nbmerge.naming.prefixes import stripped_names
+from nbmerge.naming.towers import respelled
 
 HUB, TRANSFORMERS = "hub", "transformers"
 
@@ -123,7 +124,7 @@ def name_tensors(
     olds, collisions = stripped_names(tensors, known)
     if adapters := adapter_names(olds, known):
         return refused_adapters(adapters, problems=collisions)
-    sources = {new: tensors[old] for new, old in olds.items()}
+    sources = respelled({new: tensors[old] for new, old in olds.items()}, known)
     dialect = given.dialect or _dialect(sources, facts)
     tied = facts.tied if dialect == TRANSFORMERS else facts.tied_on_hub
     work = _Naming(facts, sources, tied, given, problems=collisions, ranks=ranks)
@@ -202,11 +203,12 @@ def by_published_name(tensors: Mapping[str, Expr], facts: ModelFacts) -> dict[st
 
     transformers saves a model under the names that it was loaded under, and accepts either.
     """
-    found = dict(tensors)
+    held = respelled(tensors, {*facts.memory, *facts.published, *facts.tied_on_hub})
+    found = dict(held)
     for name, rule in facts.published.items():
         inputs = ex.input_names(rule)
-        if name not in found and all(i in tensors and tensors[i].shape == facts.memory[i] for i in inputs):
-            found[name] = ex.substitute(rule, tensors)
+        if name not in found and all(i in held and held[i].shape == facts.memory[i] for i in inputs):
+            found[name] = ex.substitute(rule, held)
     return found
 
 

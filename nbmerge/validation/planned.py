@@ -49,7 +49,7 @@ def plan_of(
     Raises what opening and planning raise, and PlanError for a plan with problems; NotACheckpointError only for the
     path that the caller gave, never for one that the receipt names.
     """
-    from nbmerge.averaging import averaged_checkpoint
+    from nbmerge.averaging import average_of, result_options
 
     if isinstance(checkpoint, MergePlan):
         checkpoint.raise_if_problems()
@@ -62,8 +62,9 @@ def plan_of(
         if isinstance(checkpoint, (str, os.PathLike)):
             checkpoint = _opened(checkpoint, opening, progress)
         else:
-            checkpoint = averaged_checkpoint(checkpoint, weights, progress=progress, **opening)
+            checkpoint = average_of(checkpoint, weights, {**options, **given}, progress=progress)
     options = {name: value for name, value in options.items() if name not in OPEN_ONLY}
+    options = result_options(options) if checkpoint.averaged else options
     if "hf_model_config_path" not in options and checkpoint.config_dir is None:
         options["hf_model_config_path"] = str(subject.directory)
     options |= {name: value for name, value in given.items() if name not in OPEN_ONLY}

@@ -22,7 +22,10 @@ from IPython.core.interactiveshell import InteractiveShell
 
 import nbmerge
 from nbmerge import HubError, NotACheckpointError, OptionError, VerificationError, cli
+from nbmerge.export.contents import contents_of
+from nbmerge.export.elsewhere import for_elsewhere
 from nbmerge.export.model_card import base_model_of, model_card
+from nbmerge.json_files import json_object
 from nbmerge.receipt import RECEIPT_NAME
 from tests.support.adapters import adapted, save_adapter_config, write_world
 from tests.support.hub_server import _WHO, NARROW, READER, TOKEN, Hub, Repository
@@ -51,6 +54,17 @@ def content_of(directory: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in directory.iterdir() if path.is_file()}
 
 
+def without_receipt(found: dict[str, bytes]) -> dict[str, bytes]:
+    """All but the receipt, which goes up without this machine's paths."""
+    return {name: data for name, data in found.items() if name != RECEIPT_NAME}
+
+
+def large_bytes(hub: Hub, directory: Path) -> int:
+    """Bytes of the files that go up by the road for large ones."""
+    sizes = contents_of(directory, json_object(directory / RECEIPT_NAME)).sizes()
+    return sum(size for size in sizes.values() if size >= hub.large)
+
+
 @pytest.mark.parametrize("part_bytes", [0, 5000])
 def test_a_merge_arrives_bit_for_bit_with_a_card(hub: Hub, checkpoint: Path, tmp_path: Path, part_bytes: int):
     hub.part_bytes = part_bytes
@@ -61,8 +75,9 @@ def test_a_merge_arrives_bit_for_bit_with_a_card(hub: Hub, checkpoint: Path, tmp
     assert content_of(tmp_path / "merged") == before
     found = downloaded(hub, "me/model", tmp_path / "again")
     card = found.pop("README.md").decode()
-    assert found == before
     assert set(pushed.files) == {*before, "README.md"}
+    assert pushed.nbytes == sum(map(len, found.values())) + len(card.encode())
+    assert without_receipt(found) == without_receipt(before)
     assert (pushed.card, pushed.revision, pushed.left_out) == ("written", "main", ())
     assert pushed.url == f"{hub.url}/me/model"
     assert len(hub.repositories["me/model"].commits) == 1
@@ -72,10 +87,70 @@ def test_a_merge_arrives_bit_for_bit_with_a_card(hub: Hub, checkpoint: Path, tmp
     assert "base_model" not in card  # nothing names one
 
 
+def test_the_receipt_goes_up_without_this_machines_paths(hub: Hub, checkpoint: Path, tmp_path: Path):
+    nbmerge.average([checkpoint, checkpoint], tmp_path / "out", hf_model_config_path=checkpoint / "huggingface")
+    before = content_of(tmp_path / "out")
+    pushed = push(hub, tmp_path / "out")
+    assert content_of(tmp_path / "out") == before
+    sent = hub.repositories["me/model"].branches["main"][RECEIPT_NAME]
+    assert RECEIPT_NAME in pushed.files
+    assert str(tmp_path).encode() not in sent
+    receipt, local = json.loads(sent), json.loads(before[RECEIPT_NAME])
+    assert receipt["source"]["path"] == "…/run/global_step_40/actor"
+    assert [each["path"] for each in receipt["source"]["averaged"]] == ["…/run/global_step_40/actor"] * 2
+    assert (
+        receipt["source"]["config_dir"]
+        == receipt["options"]["hf_model_config_path"]
+        == ("…/global_step_40/actor/huggingface")
+    )
+    assert {**receipt, "source": 0, "options": 0} == {**local, "source": 0, "options": 0}
+    (tmp_path / "again").mkdir()
+    downloaded(hub, "me/model", tmp_path / "again")
+    (tmp_path / "again" / "README.md").unlink()
+    assert nbmerge.validate(tmp_path / "again", checkpoint=[checkpoint, checkpoint], no_run=True, progress=False).ok
+
+
+@pytest.mark.parametrize(
+    ("local", "public"),
+    [
+        ("/data/me/runs/grpo/step_2", "…/runs/grpo/step_2"),
+        ("~/ckpt", "…/ckpt"),
+        ("~me/ckpt", "…/ckpt"),
+        ("../../me/a/b/c", "…/a/b/c"),
+        ("/", "…/"),
+        ("models/Qwen3-8B", "models/Qwen3-8B"),
+    ],
+)
+def test_paths_are_cut_to_what_means_something_elsewhere(local: str, public: str):
+    assert for_elsewhere({"options": {"base_model": local}}) == {"options": {"base_model": public}}
+
+
+def test_paths_in_a_receipts_sentences_are_cut_too(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    said = {
+        "source": {"path": "/home/me/my runs/step 2"},
+        "drops": [{"reason": "found in /home/me/my runs/step 2/actor, not in '/data/x/y/z/w'; 3/4 of a/b"}],
+        "config_edits": {"_name_or_path": {"from": "/home/me/q", "to": None}},
+        "left_out": ["a/b"], "total_size": 3, "digests": None,
+    }  # fmt: skip
+    found = for_elsewhere(said)
+    assert found["source"] == {"path": "…/my runs/step 2"}
+    assert found["drops"] == [{"reason": "found in …/my runs/step 2/actor, not in '…/y/z/w'; 3/4 of a/b"}]
+    assert found["config_edits"] == {"_name_or_path": {"from": "…/q", "to": None}}
+    assert (found["left_out"], found["total_size"], found["digests"]) == (["a/b"], 3, None)
+
+
+def test_a_receipt_that_cannot_be_read_stays_here(hub: Hub, model: Path):
+    (model / RECEIPT_NAME).write_text("/home/me {")
+    pushed = push(hub, model, force=True)
+    assert RECEIPT_NAME in pushed.left_out
+    assert RECEIPT_NAME not in hub.repositories["me/model"].branches["main"]
+
+
 def test_an_upload_that_broke_off_goes_on_where_it_stopped(hub: Hub, checkpoint: Path, tmp_path: Path):
     nbmerge.merge(checkpoint, tmp_path / "merged", max_shard_size="1500B", dtype="float32")
     hub.large = 1000
-    large = sum(len(data) for data in content_of(tmp_path / "merged").values() if len(data) >= hub.large)
+    large = large_bytes(hub, tmp_path / "merged")
     hub.break_after = 2 * large // 3  # more than is under way at a time, so that some files are through
     error = refusal(HubError, push, hub, tmp_path / "merged")
     assert_says(error, "cannot be reached, or the connection broke", "push again")
@@ -86,7 +161,7 @@ def test_an_upload_that_broke_off_goes_on_where_it_stopped(hub: Hub, checkpoint:
     push(hub, tmp_path / "merged")
     found = downloaded(hub, "me/model", tmp_path / "again")
     assert hub.sent - sent == large - kept + len(found.pop("README.md"))
-    assert found == content_of(tmp_path / "merged")
+    assert without_receipt(found) == without_receipt(content_of(tmp_path / "merged"))
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
@@ -96,7 +171,7 @@ def test_a_process_that_is_stopped_in_the_middle_is_taken_up(
     """A process of its own, with the client's real settings."""
     nbmerge.merge(checkpoint, tmp_path / "merged", max_shard_size="1500B", dtype="float32")
     hub.large = 1000
-    large = sum(len(data) for data in content_of(tmp_path / "merged").values() if len(data) >= hub.large)
+    large = large_bytes(hub, tmp_path / "merged")
     hub.hold_after = 2 * large // 3
     settings = {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": TOKEN}
     command = [sys.executable, "-m", "nbmerge", "push", str(tmp_path / "merged"), "me/model"]
@@ -119,7 +194,7 @@ def test_a_process_that_is_stopped_in_the_middle_is_taken_up(
     push(hub, tmp_path / "merged")
     found = downloaded(hub, "me/model", tmp_path / "again")
     assert hub.sent - sent == large - kept + len(found.pop("README.md"))
-    assert found == content_of(tmp_path / "merged")
+    assert without_receipt(found) == without_receipt(content_of(tmp_path / "merged"))
 
 
 def test_pushing_again_sends_no_weights_twice_and_keeps_the_repositorys_card(hub: Hub, model: Path):
@@ -502,8 +577,9 @@ class TestEverywhere:
     def test_an_average_uploads(self, hub: Hub, checkpoint: Path, tmp_path: Path):
         nbmerge.average([checkpoint, checkpoint], tmp_path / "out", hf_upload_path="me/mean")
         card = hub.repositories["me/mean"].branches["main"]["README.md"].decode()
-        assert "the average of 2 checkpoints" in card
-        assert "training step" not in card
+        assert "merged from the average of 2 checkpoints" in card
+        assert "| training steps | 40 (0.5), 40 (0.5) |" in card
+        assert hub.repositories["me/mean"].commits[0].startswith("Upload the average of 2 checkpoints")
 
     def test_the_merger_objects_upload_as_verls_do(self, hub: Hub, checkpoint: Path, tmp_path: Path):
         config = nbmerge.ModelMergerConfig(

@@ -11,7 +11,7 @@ import torch
 
 import nbmerge
 from nbmerge import OptionError, PlanError
-from nbmerge.naming.lora.keys import saved_name, shortest_targets, take_apart
+from nbmerge.naming.lora.keys import saved_name, shortest_saved, shortest_targets, take_apart
 from nbmerge.options import MergeOptions
 from nbmerge.plan import MergePlan
 from tests.support.adapters import PREFIX, adapted, save_adapter_config, write_world
@@ -112,6 +112,44 @@ class TestAlpha:
         assert_says(message, "fold_precision with lora='split'")
 
 
+class TestFiles:
+    """What adapter_config.json and its like hold is checked once, and all that is wrong in it is told."""
+
+    @pytest.mark.parametrize(
+        ("content", "said"),
+        [
+            ({"peft_type": "ADALORA"}, "peft_type is 'ADALORA': the adapter is no LoRA"),
+            ({"rank_pattern": ["q_proj"]}, "rank_pattern is ['q_proj']"),
+            ({"rank_pattern": {"(": 3}}, "rank_pattern has '('"),
+            ({"rank_pattern": {"q_proj": "x"}}, "rank_pattern of 'q_proj' is 'x'"),
+            ({"alpha_pattern": {"q_proj": float("nan")}}, "alpha_pattern of 'q_proj' is nan"),
+            ({"alpha_pattern": {"q_proj": None}}, "alpha_pattern of 'q_proj' is None"),
+            ({"lora_alpha": 10**400}, "lora_alpha is 1000"),
+            ({"r": "3"}, "r is '3'"),
+            ({"use_rslora": "no"}, "use_rslora is 'no'"),
+            ({"bias": "weights"}, "bias is 'weights'"),
+            ({"target_modules": "("}, "target_modules is '('"),
+            ({"modules_to_save": "score"}, "modules_to_save is 'score'"),
+        ],
+    )
+    def test_a_value_that_makes_no_sense_is_told_with_its_file(self, ckpt: Path, content: dict[str, Any], said: str):
+        message = refused(with_config(ckpt, **{"lora_alpha": 5, **content}), lora="fold")
+        assert_says(message, said, str(ckpt / "adapter_config.json"), "fix: ")
+
+    def test_every_wrong_value_is_told(self, ckpt: Path):
+        message = refused(with_config(ckpt, r=True, bias=5, alpha_pattern={"(": 0}, lora_alpha=-1), lora="split")
+        assert_says(message, "r is True", "bias is 5", "alpha_pattern has '('", "alpha_pattern of '(' is 0", "is -1")
+
+    def test_zeros_of_verl_are_unknown_beside_real_values(self, ckpt: Path):
+        with_config(ckpt, r=3, lora_alpha=5)
+        facts = plan(with_meta(ckpt, r=0, lora_alpha=0), lora="fold").lora
+        assert facts is not None and (facts.r, facts.alpha) == (3, 5)
+
+    def test_a_rank_of_zero_alone_is_that_of_the_tensors(self, ckpt: Path):
+        facts = plan(with_meta(ckpt, r=0), lora="adapter", lora_alpha=5).lora
+        assert facts is not None and (facts.r, facts.origins["r"]) == (3, "the tensors")
+
+
 class TestContradictions:
     def test_rank_of_the_file_and_of_the_tensors(self, ckpt: Path):
         message = refused(with_meta(ckpt, r=8, lora_alpha=16), lora="fold")
@@ -175,6 +213,34 @@ class TestTensors:
         nbmerge.merge(tmp_path / "ckpt", tmp_path / "out", lora="split", lora_alpha=5)
         assert_same(saved_bits(tmp_path / "out"), made.base())
         assert_same(saved_bits(tmp_path / "out" / "lora_adapter"), made.adapter())
+
+    @pytest.mark.parametrize("mode", MODES)
+    def test_two_for_one_part_are_told_with_both_names(self, tmp_path: Path, mode: str):
+        name = f"{PREFIX}{Q_PROJ}.lora_A"
+        write_world(tmp_path / "ckpt", adapted(), {**adapted().state(), f"{name}.weight": torch.zeros(3, 16)})
+        message = refused(tmp_path / "ckpt", lora=mode, lora_alpha=5)
+        assert_says(message, f"{name}.weight", f"{name}.default.weight", "are the same part")
+
+    @pytest.mark.parametrize("mode", MODES)
+    @pytest.mark.parametrize("end", ["lora_E.default", "lora_C.default.weight", "lora_A.default.bias"])
+    def test_of_no_known_part_are_told(self, tmp_path: Path, end: str, mode: str):
+        write_world(tmp_path / "ckpt", adapted(), {**adapted().state(), f"{PREFIX}{Q_PROJ}.{end}": torch.zeros(3, 1)})
+        message = refused(tmp_path / "ckpt", lora=mode, lora_alpha=5)
+        assert_says(message, "1 adapter tensor of a kind that is not read", f"{Q_PROJ}.{end}")
+
+    @pytest.mark.parametrize("mode", MODES)
+    def test_of_a_whole_layer_that_is_lost_are_told(self, tmp_path: Path, mode: str):
+        state = {name: tensor for name, tensor in adapted().adapter_state().items() if Q_PROJ not in name}
+        write_world(tmp_path / "ckpt", adapted(), state)
+        with_config(tmp_path / "ckpt", r=3, lora_alpha=5, target_modules=["q_proj", "down_proj"])
+        message = refused(tmp_path / "ckpt", lora=mode)
+        assert_says(message, f"nothing for 1 layer that target_modules selects: {Q_PROJ}", "save the adapter whole")
+
+    def test_beside_an_adapter_alone_that_would_be_lost_are_told(self, tmp_path: Path):
+        stray = f"{PREFIX}model.layers.0.self_attn.k_proj.weight"  # its bias is not here
+        write_world(tmp_path / "ckpt", adapted(), {**adapted().adapter_state(), stray: torch.zeros(8, 16)})
+        message = refused(tmp_path / "ckpt", lora="adapter", lora_alpha=5)
+        assert_says(message, "1 tensor beside the adapter would be in no file", "0.self_attn.k_proj.weight")
 
     def test_of_single_tokens_are_refused(self, tmp_path: Path):
         made = adapted(trainable_token_indices=[1, 2])
@@ -245,6 +311,18 @@ class TestModes:
         message = refused(tmp_path / "ckpt", lora="fold", lora_alpha=5, base_model=str(base))
         assert_says(message, "do not fit", "--base_model DIR")
 
+    def test_a_base_model_of_another_family_is_blamed(self, tmp_path: Path):
+        write_world(tmp_path / "ckpt", adapted(), adapted().adapter_state())
+        base = save_tiny_model("llama", tmp_path / "base")
+        message = refused(tmp_path / "ckpt", lora="split", lora_alpha=5, base_model=str(base))
+        assert_says(message, "the base model lacks 6 tensors of Qwen2ForCausalLM", "q_proj.bias", "another family")
+
+    def test_a_base_model_that_is_an_adapter_is_named(self, tmp_path: Path):
+        write_world(tmp_path / "ckpt", adapted(), adapted().adapter_state())
+        adapted().model.save_pretrained(tmp_path / "adapter")
+        message = refused(tmp_path / "ckpt", lora="fold", lora_alpha=5, base_model=str(tmp_path / "adapter"))
+        assert_says(message, "the base model's directory holds an adapter", str(tmp_path / "adapter"), "--base_model")
+
     def test_a_base_that_training_changed_first_is_asked_for(self, tmp_path: Path):
         """PiSSA takes the adapter's first values out of the weights: the published ones do not fit it."""
         write_world(tmp_path / "ckpt", adapted(), adapted().adapter_state())
@@ -301,7 +379,7 @@ def test_names_are_taken_apart_and_put_together_as_peft_does():
     names |= {PREFIX + name for name in parts.saved["default"]}
     assert names == set(made.adapter())
     assert set(parts.model) == set(made.base())
-    assert parts.whole == {"default": {"lm_head"}} and not parts.unknown
+    assert parts.whole == {"default": {"lm_head"}} and not parts.unread and not parts.doubles
 
 
 @pytest.mark.parametrize(
@@ -317,6 +395,19 @@ def test_targets_select_what_is_adapted_and_nothing_else(
     adapted_modules: list[str], others: list[str], targets: list[str]
 ):
     assert shortest_targets(adapted_modules, [*adapted_modules, *others]) == targets
+
+
+@pytest.mark.parametrize(
+    ("saved", "others", "ends"),
+    [
+        (["model.norm"], ["model.layers.0.input_layernorm"], ["model.norm"]),
+        (["a.0.mlp", "a.1.mlp"], ["a.0.mlp.up"], ["mlp"]),
+        (["a.1.mlp"], ["a.0.mlp", "a.11.mlp"], ["a.1.mlp"]),
+        (["lm_head"], ["model"], ["lm_head"]),
+    ],
+)
+def test_modules_to_save_select_what_was_saved_and_nothing_else(saved: list[str], others: list[str], ends: list[str]):
+    assert shortest_saved(saved, [*saved, *others]) == ends
 
 
 def test_the_task_is_that_of_the_model_s_class(tmp_path: Path):

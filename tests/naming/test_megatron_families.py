@@ -25,7 +25,7 @@ from tests.support.megatron_models import VOCABULARY, write_megatron
 from tests.support.megatron_names import to_megatron
 from tests.support.megatron_others import write_fsdp_dtensor
 from tests.support.megatron_vision import pieces_with_tower
-from tests.support.models import published_state, tiny_config, tiny_model, write_config
+from tests.support.models import HAS_CONVERSIONS, published_state, tiny_config, tiny_model, write_config
 from tests.support.results import assert_same, bits_of_all, receipt_of, saved_bits
 
 
@@ -190,6 +190,6 @@ def load(directory: Path) -> tuple[Any, Mapping[str, Any]]:
     architecture = json.loads((directory / "config.json").read_text())["architectures"][0]
     auto = getattr(transformers, auto_class_name(architecture))
     model, loading = auto.from_pretrained(directory, output_loading_info=True)
-    if model._can_set_experts_implementation():
+    if HAS_CONVERSIONS and model._can_set_experts_implementation():
         model.set_experts_implementation("eager")  # the others need rows of a multiple of 16 bytes
     return model.eval(), loading

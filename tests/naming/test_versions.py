@@ -6,13 +6,18 @@ import pytest
 
 from nbmerge import ConfigError
 from nbmerge.errors import Problem
+from nbmerge.explaining.candidates import Mismatch
 from nbmerge.naming import meta, versions
-from nbmerge.naming.versions import later_config, numbers, of_later_transformers, refuse_too_old
+from nbmerge.naming.published import HUB, Named
+from nbmerge.naming.versions import explained, later_config, numbers, refuse_too_old
 from tests.support.messages import assert_says, refusal
 from tests.support.models import HAS_CONVERSIONS, published_state, write_config, write_model_world
 
 OLD, NEW = "4.57.1", "5.24.0"
 STRAY = Problem("no rule takes model.layers.0.mlp.experts.gate_up_proj of shape [5, 20, 18]")
+OTHER = Problem("gate has shape [5, 18]")
+ROUTER = Mismatch((5, 18), (128, 18), "model.layers.0.mlp.gate.weight")
+LATER = "config.json was written by transformers 5.24.0; 4.57.1 is installed"
 NAMES = ("lm_head.weight", "_fsdp_wrapped_module.model.layers.0.mlp.experts.gate_up_proj")
 
 
@@ -23,29 +28,65 @@ def test_a_version_is_read_as_numbers(text: object, expected: tuple[int, ...]):
     assert numbers(text) == expected
 
 
+def named(*problems: Problem, expected: str = "model.norm.weight", mismatches: tuple[Mismatch, ...] = ()) -> Named:
+    return Named({}, {expected: (3,)}, HUB, problems=problems, mismatches=mismatches)
+
+
 class TestFusedExperts:
-    def test_that_transformers_4_cannot_name_are_told_with_the_version_that_can(self):
-        (told,) = of_later_transformers({}, NAMES, [STRAY], OLD)
+    def test_of_a_class_that_has_them_one_by_one_are_the_only_reason_that_is_told(self):
+        found = named(STRAY, OTHER, expected="model.layers.0.mlp.experts.0.up_proj.weight", mismatches=(ROUTER,))
+        found = explained(found, {}, NAMES, OLD)
+        (told,) = found.problems
+        assert found.mismatches == ()
         assert_says(
             "\n".join(told.lines()), "in-memory names of transformers 5",
             "model.layers.0.mlp.experts.gate_up_proj for one", "4.57.1 is installed", "pip install 'transformers>=5'",
         )  # fmt: skip
 
-    def test_that_the_class_of_transformers_4_has_too_are_no_reason(self):
+    def test_of_a_class_without_experts_may_be_those_of_another_model(self):
         """GPT-OSS and Llama 4 hold their experts in one tensor under transformers 4 already."""
-        assert of_later_transformers({}, NAMES, [Problem("no rule takes model.norm.bias of shape [3]")], OLD) == ()
+        reason, *rest = explained(named(STRAY), {}, NAMES, OLD).problems
+        assert "in-memory names of transformers 5" in reason.what
+        assert rest == [STRAY]
+
+    def test_that_the_class_of_transformers_4_has_too_are_no_reason(self):
+        found = named(Problem("no rule takes model.norm.bias of shape [3]"))
+        assert explained(found, {}, NAMES, OLD) is found
 
     def test_are_no_matter_under_transformers_5(self):
-        assert of_later_transformers({"transformers_version": "5.0.0"}, NAMES, [STRAY], NEW) == ()
+        found = named(STRAY)
+        assert explained(found, {"transformers_version": "5.0.0"}, NAMES, NEW) is found
 
 
 class TestLaterConfig:
     def test_is_told_beside_what_else_is_wrong(self):
-        (told,) = of_later_transformers({"transformers_version": NEW}, (), [Problem("gate has shape [5, 18]")], OLD)
-        assert told.what == "config.json was written by transformers 5.24.0; 4.57.1 is installed"
+        reason, *rest = explained(named(OTHER), {"transformers_version": NEW}, (), OLD).problems
+        assert (reason.what, rest) == (LATER, [OTHER])
+
+    @pytest.mark.parametrize("inside", ["", "text_config"])
+    def test_whose_size_the_installed_class_does_not_read_is_told_alone(self, inside: str):
+        sizes = {"experts_of_a_layer": 5, "num_hidden_layers": 2}
+        config = {"model_type": "gemma3", "transformers_version": NEW} | ({inside: sizes} if inside else sizes)
+        found = explained(named(OTHER, mismatches=(ROUTER,)), config, (), OLD)
+        (told,) = found.problems
+        assert (told.what, found.mismatches) == (LATER, ())
+        assert (
+            told.where
+            == "config.json: experts_of_a_layer 5, which the tensors have and transformers 4.57.1 does not read"
+        )
+
+    @pytest.mark.parametrize(
+        ("kind", "wrong"),
+        [("qwen3", ROUTER), ("of no class", ROUTER), ("gemma3", Mismatch((18, 7), (18, 8), "model.norm.weight"))],
+    )
+    def test_whose_sizes_do_not_explain_every_shape_does_not_stand_alone(self, kind: str, wrong: Mismatch):
+        config = {"model_type": kind, "transformers_version": NEW, "num_hidden_layers": 5, "head_dim": 5, "window": 9}
+        found = named(OTHER, mismatches=(ROUTER, wrong))
+        assert len(explained(found, config, (), OLD).problems) == 2
 
     def test_is_no_problem_where_nothing_is_wrong(self):
-        assert of_later_transformers({"transformers_version": NEW}, NAMES, [], OLD) == ()
+        found = named()
+        assert explained(found, {"transformers_version": NEW}, NAMES, OLD) is found
 
     @pytest.mark.parametrize("written", ["4.57.6", "4.30.0", None, "unknown"])
     def test_is_one_of_a_later_major_version(self, written: str | None):

@@ -14,6 +14,7 @@ from nbmerge.demo.megatron.pieces import Coordinates, ParallelSizes, local_piece
 from nbmerge.geometry import Box
 from tests.support.megatron import Pieces, megatron_pieces
 from tests.support.megatron_layers import Published, Tensors, fc1
+from tests.support.models import HAS_CONVERSIONS
 
 TOWERS = ("vision_model.", "visual.", "vision_tower.", "vision_projection.", "multi_modal_projector.")
 _KINDS = ("weight", "bias")
@@ -44,16 +45,17 @@ def gemma3_tower(source: Published, config: Any) -> Tensors:
             "multi_modal_projector.proj.weight": projection,
         }
         return unchanged(source, "vision_tower.") | projector
+    tower = "vision_tower." if HAS_CONVERSIONS else "vision_tower.vision_model."
     tensors = {
         "vision_projection.mm_input_projection.layer_norm_weight": norm,
         "vision_projection.mm_input_projection.weight": projection,
-        "vision_model.position_embeddings.weight": source.take("vision_tower.embeddings.position_embedding.weight"),
+        "vision_model.position_embeddings.weight": source.take(f"{tower}embeddings.position_embedding.weight"),
     }
     for kind in _KINDS:
-        tensors[f"vision_model.conv1.{kind}"] = source.take(f"vision_tower.embeddings.patch_embedding.{kind}")
-        tensors[f"vision_model.ln_post.{kind}"] = source.take(f"vision_tower.post_layernorm.{kind}")
+        tensors[f"vision_model.conv1.{kind}"] = source.take(f"{tower}embeddings.patch_embedding.{kind}")
+        tensors[f"vision_model.ln_post.{kind}"] = source.take(f"{tower}post_layernorm.{kind}")
         for number in range(config.num_hidden_layers):
-            take = source.under(f"vision_tower.encoder.layers.{number}.")
+            take = source.under(f"{tower}encoder.layers.{number}.")
             qkv = [take(f"self_attn.{part}_proj.{kind}") for part in "qkv"]
             for name, tensor in {
                 "self_attention.linear_qkv.layer_norm_": take(f"layer_norm1.{kind}"),

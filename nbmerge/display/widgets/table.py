@@ -39,8 +39,8 @@ class Picker:
             options=(), rows=_ROWS, layout=widgets.Layout(width="100%"), tooltip=label, tabbable=False
         )
         self.row = labelled(widgets.BoundedIntText, "Row", value=1, min=1, max=1, layout=sized("130px"))
-        self.back = widgets.Button(description="◂ Previous page")
-        self.ahead = widgets.Button(description="Next page ▸")
+        self.back = widgets.Button(description="◂ Previous page", layout=widgets.Layout(width="auto"))
+        self.ahead = widgets.Button(description="Next page ▸", layout=widgets.Layout(width="auto"))
         self.where = html(width="auto")
         self.pager = widgets.HBox(
             [self.row, self.where, self.back, self.ahead], layout=widgets.Layout(align_items="center")

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from nbmerge.naming.facts import ModelFacts
-from nbmerge.naming.lora.keys import shortest_targets
+from nbmerge.naming.lora.keys import shortest_saved, shortest_targets
 from nbmerge.naming.lora.layers import Fitted
 from nbmerge.naming.lora.settings import Settings
 
@@ -36,7 +36,8 @@ def adapter_config(
     """
     from peft import LoraConfig
 
-    targets = _targets(fitted, settings, modules)
+    every = set(modules)
+    targets = _targets(fitted, settings, every)
     content: dict[str, Any] = {**LoraConfig(r=1, target_modules=[]).to_dict(), **settings.base}
     content |= _sizes(fitted, settings)
     content |= {
@@ -44,7 +45,8 @@ def adapter_config(
         "task_type": settings.values.get("task_type") or _task(facts),
         "target_modules": targets,
         "target_parameters": sorted({each.weight for each in fitted if each.is_parameter}) or None,
-        "modules_to_save": sorted(saved) or None,
+        "modules_to_save": shortest_saved(saved, every) or None,
+        "bias": settings.values.get("bias", "none"),
         "use_dora": any(each.kind.use_dora for each in fitted),
         "use_rslora": settings.use_rslora,
         "lora_bias": any(each.layer.bias is not None for each in fitted),
@@ -71,7 +73,7 @@ def _sizes(fitted: Sequence[Fitted], settings: Settings) -> dict[str, Any]:
     r = settings.r if settings.r is not None else most_common_rank(fitted)
     known = dict(settings.values.get("rank_pattern") or {})
     if not known:
-        known = {each.layer.plain: each.kind.r for each in fitted if each.kind.r != r}
+        known = {each.target: each.kind.r for each in fitted if each.kind.r != r}
     return {
         "r": r, "lora_alpha": settings.values["lora_alpha"], "rank_pattern": known,
         "alpha_pattern": dict(settings.values.get("alpha_pattern") or {}),
@@ -83,11 +85,17 @@ def _targets(fitted: Sequence[Fitted], settings: Settings, modules: Iterable[str
     adapted = [each.layer.plain for each in fitted if not each.is_parameter]
     every = {*modules, *adapted}
     found = settings.values.get("target_modules")
-    if found and not any(settings.values.get(key) for key in ("layers_to_transform", "exclude_modules")):
-        selected = {name for name in every if _selects(found, name)}
-        if selected == set(adapted):
-            return found if isinstance(found, str) else sorted(found)
+    if found and selected_modules(settings, every) == set(adapted):
+        return found if isinstance(found, str) else sorted(found)
     return shortest_targets(adapted, every)
+
+
+def selected_modules(settings: Settings, modules: Iterable[str]) -> set[str] | None:
+    """Those of the modules that target_modules selects; None where nothing says it, or not it alone."""
+    found = settings.values.get("target_modules")
+    if not found or any(settings.values.get(key) for key in ("layers_to_transform", "exclude_modules")):
+        return None
+    return {name for name in modules if _selects(found, name)}
 
 
 def _selects(targets: object, name: str) -> bool:

@@ -29,7 +29,11 @@ _making = threading.Lock()
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """What peft's layer is made for. layer: `linear`, `embedding`, `conv1d`, `conv2d`, `conv3d` or `experts`."""
+    """What peft's layer is made for.
+
+    layer: `linear`, `embedding`, `conv1d`, `conv2d`, `conv3d`; of target_parameters `parameter`, with three dimensions
+    `experts`.
+    """
 
     layer: str
     r: int
@@ -54,7 +58,7 @@ def folded(kind: Kind, weight: Expr, a: Expr, b: Expr, magnitude: Expr | None = 
     dtype = _FLOAT32 if precision == FP32 else weight.dtype
     name = f"LoRA fold ({kind}, {precision})"
     in_blocks = (
-        kind.layer in ("linear", "embedding")
+        kind.layer in ("linear", "embedding", "parameter")
         and not kind.use_dora
         and weight.nbytes > _WHOLE_BYTES
         and weight.shape[0] > _FEW_ROWS
@@ -194,7 +198,10 @@ def _merge(
         if magnitude is not None:
             layer.lora_magnitude_vector["default"].weight = parameter(magnitude)
         with torch.no_grad():
-            layer.merge()
+            if kind.layer == "parameter":  # peft.tuners.lora.layer.ParamWrapper.merge, which rounds before it adds
+                base.weight.data += layer.get_delta_weight("default").to(weight.dtype)
+            else:
+                layer.merge()
         result: torch.Tensor = base.weight.data
         return result
     finally:
@@ -218,6 +225,7 @@ def _made(kind: Kind) -> Any:
 
     makers: dict[str, Any] = {
         "linear": lambda: Conv1D(1, 1) if kind.is_turned else nn.Linear(1, 1, bias=False),
+        "parameter": lambda: nn.Linear(1, 1, bias=False),
         "embedding": lambda: nn.Embedding(1, 1),
         "conv1d": lambda: nn.Conv1d(1, 1, 1, bias=False),
         "conv2d": lambda: nn.Conv2d(1, 1, 1, bias=False),

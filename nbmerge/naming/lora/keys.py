@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from nbmerge.expressions import Expr
@@ -11,10 +11,14 @@ from nbmerge.expressions import Expr
 MODEL_PREFIX = "base_model.model."  # PeftModel holds a tuner as `base_model`, which holds the model as `model`
 DEFAULT = "default"
 
+_EMBEDDINGS = ("embed_tokens", "lm_head")  # which peft saves with an adapter that adapts them
+
 _TENSOR = re.compile(
     r"(?P<module>.+)\.(?P<part>lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector)"
     r"(?:\.(?P<adapter>[^.]+))??(?:\.(?P<kind>weight|bias))?"
 )
+_PARTS = ("lora_A", "lora_B", "lora_B.bias", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
+_LORA = re.compile(r"(^|\.)lora_")
 _SAVED = re.compile(r"(?P<module>.+)\.modules_to_save\.(?P<adapter>[^.]+)\.(?P<rest>.+)")
 _ORIGINAL = re.compile(r"(?P<module>.+)\.original_module\.(?P<rest>.+)")
 _BASE_LAYER = re.compile(r"(?<=\.)base_layer\.|\.base_layer$")
@@ -72,16 +76,17 @@ class Adapted:
 
     model: by the model's own names, of modules that were trained whole their original; layers: by adapter and module;
     saved: by adapter, the tensors of modules that were trained whole, by the model's own names; whole: by adapter,
-    those modules; unknown: names of adapter tensors of a kind that is not read.
+    those modules; tokens: names of tensors of single tokens that were trained; unread: other names of adapter tensors
+    that are of no known part; doubles: pairs of names that mean the same tensor.
     """
 
     model: dict[str, Expr] = field(default_factory=dict)
     layers: dict[str, dict[str, Layer]] = field(default_factory=dict)
     saved: dict[str, dict[str, Expr]] = field(default_factory=dict)
     whole: dict[str, set[str]] = field(default_factory=dict)
-    unknown: list[str] = field(default_factory=list)
-    has_base: bool = False
-    """Whether it holds weights of adapted layers: it is the whole model's state dict, and not the adapter's alone."""
+    tokens: list[str] = field(default_factory=list)
+    unread: list[str] = field(default_factory=list)
+    doubles: list[tuple[str, str]] = field(default_factory=list)
 
     @property
     def adapters(self) -> list[str]:
@@ -93,15 +98,41 @@ class Adapted:
         self.saved.setdefault(adapter, {})[name] = expr
         self.whole.setdefault(adapter, set()).add(module)
 
-    def set_saved(self, adapter: str, modules: Iterable[str]) -> None:
-        """Moves the modules of these names from the model to those that were trained whole.
+    def holds_model(self, adapter: str) -> bool:
+        """Whether it holds weights of the layers that are adapted: it is not the adapter's state dict alone."""
+        plains = {layer.plain for layer in self.layers.get(adapter, {}).values()}
+        telling = {name for name in plains if name.rpartition(".")[2] not in _EMBEDDINGS} or plains
+        held = {module for module, _, end in (name.rpartition(".") for name in self.model) if end != "bias"}
+        return not telling or bool(telling & held)
+
+    def set_saved(self, adapter: str, ends: Iterable[str]) -> None:
+        """Moves modules from the model to those that were trained whole. ends: of names, as modules_to_save has them.
 
         A checkpoint that get_peft_model_state_dict made has them under the model's own names.
         """
-        for end in modules:
-            for name in [name for name in self.model if f".{end}." in f".{name}"]:
-                module = f".{name}".partition(f".{end}.")[0] + f".{end}"
-                self.save(adapter, module.lstrip("."), name, self.model.pop(name))
+        every = tuple(ends)
+        for name in self._untaken(adapter):
+            module = next((module for module in ancestors(name) if module.endswith(every)), None)
+            if module is not None:
+                self.save(adapter, module, name, self.model.pop(name))
+
+    def set_complete(self, adapter: str, known: Iterable[str]) -> None:
+        """Moves the modules of which all tensors are here to those that were trained whole. known: the model's names.
+
+        Of an adapter's state dict alone, in which no adapter_config.json names them.
+        """
+        own: dict[str, set[str]] = {}
+        for name in known:
+            own.setdefault(name.rpartition(".")[0], set()).add(name)
+        adapted = {layer.plain for layer in self.layers.get(adapter, {}).values()}
+        complete = {module for module, names in own.items() if names <= self.model.keys()} - adapted
+        for name in self._untaken(adapter):
+            if (module := name.rpartition(".")[0]) in complete:
+                self.save(adapter, module, name, self.model.pop(name))
+
+    def _untaken(self, adapter: str) -> list[str]:
+        """The model's tensors, without the originals of modules that were trained whole."""
+        return [name for name in self.model if name not in self.saved.get(adapter, ())]
 
 
 def adapter_names(names: Iterable[str], known: Container[str] = ()) -> list[str]:
@@ -117,24 +148,50 @@ def without_base_layer(name: str) -> str:
 def take_apart(tensors: Mapping[str, Expr], known: Container[str] = ()) -> Adapted:
     """The tensors by what they are. tensors: without wrappers' prefixes; known: names that the model itself has."""
     found = Adapted()
+    sources: dict[tuple[str, ...], str] = {}
+
+    def is_first(name: str, *meant: str) -> bool:
+        first = sources.setdefault(meant, name)
+        if first != name:
+            found.doubles.append((first, name))
+        return first == name
+
     for name, expr in tensors.items():
         own = name.removeprefix(MODEL_PREFIX)
         if name in known or own in known:
-            found.model[name if name in known else own] = expr
+            plain = name if name in known else own
         elif _TOKENS.search(own):
-            found.unknown.append(name)
+            found.tokens.append(name)
+            continue
         elif match := _TENSOR.fullmatch(own):
             part = match["part"] + (".bias" if match["kind"] == "bias" else "")
-            layers = found.layers.setdefault(match["adapter"] or DEFAULT, {})
-            layers.setdefault(match["module"], Layer(match["module"])).parts[part] = expr
+            adapter, module = match["adapter"] or DEFAULT, match["module"]
+            if part not in _PARTS:
+                found.unread.append(name)
+            elif is_first(name, adapter, module, part):
+                found.layers.setdefault(adapter, {}).setdefault(module, Layer(module)).parts[part] = expr
+            continue
         elif match := _SAVED.fullmatch(own):
             found.save(match["adapter"], match["module"], f"{match['module']}.{match['rest']}", expr)
+            continue
         elif match := _ORIGINAL.fullmatch(own):
-            found.model[f"{without_base_layer(match['module'])}.{match['rest']}"] = expr
+            plain = f"{without_base_layer(match['module'])}.{match['rest']}"
+        elif _LORA.search(own):
+            found.unread.append(name)
+            continue
         else:
-            found.model[without_base_layer(own)] = expr
-            found.has_base |= without_base_layer(own) != own
+            plain = without_base_layer(own)
+        if is_first(name, plain):
+            found.model[plain] = expr
     return found
+
+
+def ancestors(name: str) -> Iterator[str]:
+    """The modules that a tensor or module is in, the outermost first."""
+    at = name.find(".")
+    while at >= 0:
+        yield name[:at]
+        at = name.find(".", at + 1)
 
 
 def saved_name(layer: Layer, part: str) -> str:
@@ -153,3 +210,18 @@ def shortest_targets(adapted: Sequence[str], modules: Iterable[str]) -> list[str
     ends = {name.rpartition(".")[2] for name in adapted}
     selected = {name for name in modules if name.rpartition(".")[2] in ends}
     return sorted(ends if selected <= wanted and not any(end.isdecimal() for end in ends) else wanted)
+
+
+def shortest_saved(saved: Iterable[str], modules: Iterable[str]) -> list[str]:
+    """modules_to_save that selects these modules and no other: ends of their names, as short as that allows.
+
+    modules: all that the model has. peft's `_set_trainable` takes a module whose name ends so, at a dot or not.
+    """
+    wanted = set(saved)
+    others = set(modules) - wanted
+    found = set()
+    for name in wanted:
+        parts = name.split(".")
+        ends = [".".join(parts[-count:]) for count in range(1, len(parts) + 1)]
+        found.add(next((end for end in ends if not any(each.endswith(end) for each in others)), name))
+    return sorted(found)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from nbmerge.errors import Problem, listing
 from nbmerge.expressions import Expr
 from nbmerge.geometry import Shape
 from nbmerge.naming.facts import ModelFacts
+from nbmerge.naming.lora.checks import is_size
 from nbmerge.naming.lora.fold import Kind
 from nbmerge.naming.lora.keys import Layer
 from nbmerge.naming.lora.settings import Settings
@@ -26,8 +27,13 @@ class Fitted:
 
     @property
     def is_parameter(self) -> bool:
-        """Whether a parameter is adapted that no module of its own holds (peft's target_parameters)."""
-        return self.kind.layer == "experts" or self.weight != f"{self.layer.plain}.weight"
+        """Whether a parameter is adapted by its own name, and not a module (peft's target_parameters)."""
+        return self.kind.layer in ("experts", "parameter")
+
+    @property
+    def target(self) -> str:
+        """The name that peft's patterns are of: the parameter's where it adapts one, else the module's."""
+        return self.weight if self.is_parameter else self.layer.plain
 
 
 def fit(
@@ -67,10 +73,12 @@ def _fit(
     how, r = fits[0][1][0], a.shape[0]
     if how == "experts":
         r //= candidates[name][0]
-    # Without alpha there is a problem already, and no fold is made of this.
-    alpha = settings.alpha_of(layer.plain) if isinstance(settings.values.get("lora_alpha"), (int, float)) else 1
-    use_dora = layer.magnitude is not None
-    return Fitted(layer, name, Kind(how, r, alpha, settings.use_rslora, use_dora, is_turned))
+    elif (name, ("linear", False)) in fits and (name != f"{layer.plain}.weight" or settings.is_parameter(name)):
+        how, is_turned = "parameter", False
+    made = Fitted(layer, name, Kind(how, r, 1, settings.use_rslora, layer.magnitude is not None, is_turned))
+    if not is_size(settings.values.get("lora_alpha")):  # there is a problem already, and no fold is made of this
+        return made
+    return replace(made, kind=replace(made.kind, alpha=settings.alpha_of(made.target)))
 
 
 def _candidates(layer: Layer, facts: ModelFacts, shape_of: Callable[[str], Shape | None]) -> dict[str, Shape]:
@@ -124,9 +132,9 @@ def _contradictions(fitted: list[Fitted], settings: Settings) -> list[Problem]:
     """What the files say of the adapter, and its tensors say otherwise."""
     problems: list[Problem] = []
     wrong = {
-        each.layer.plain: (each.kind.r, said)
+        each.target: (each.kind.r, said)
         for each in fitted
-        if (said := settings.rank_of(each.layer.plain)) is not None and said != each.kind.r
+        if (said := settings.rank_of(each.target)) is not None and said != each.kind.r
     }
     if wrong:
         name, (held, said) = next(iter(wrong.items()))

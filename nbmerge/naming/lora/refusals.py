@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from nbmerge.errors import Problem, listing, plural
-from nbmerge.naming.lora.keys import DEFAULT, Adapted
+from nbmerge.naming.facts import ModelFacts
+from nbmerge.naming.lora.keys import DEFAULT, Adapted, adapter_names
 from nbmerge.naming.lora.layers import Fitted
 from nbmerge.naming.lora.settings import Settings
+
+_FOLD_IT = "fold the adapter in the training job (peft's merge_and_unload) and save again"
 
 
 def no_adapter(mode: str | None) -> Problem:
@@ -21,15 +24,8 @@ def no_adapter(mode: str | None) -> Problem:
 
 def unreadable(parts: Adapted, mode: str | None) -> list[Problem]:
     """Why no adapter can be taken from the checkpoint."""
-    if parts.unknown:
-        return [
-            Problem(
-                f"the adapter trains single tokens, {plural(len(parts.unknown), 'tensor')}: {listing(parts.unknown)}",
-                why="this version does not read peft's trainable_token_indices",
-                fix="fold the adapter in the training job (peft's merge_and_unload) and save again",
-                kind="unsupported",
-            )
-        ]
+    if found := _unread_names(parts):
+        return found
     if not parts.adapters:
         return [no_adapter(mode)]
     if DEFAULT not in parts.adapters and len(parts.adapters) > 1:
@@ -43,6 +39,62 @@ def unreadable(parts: Adapted, mode: str | None) -> list[Problem]:
             )
         ]
     return []
+
+
+def _unread_names(parts: Adapted) -> list[Problem]:
+    problems = [
+        Problem(
+            f"{first} and {second} are the same part of the adapter or model",
+            why="tensors of two runs, or of two ways to save, are in one checkpoint",
+            fix="save the adapter again, in one way",
+            kind="ambiguous",
+        )
+        for first, second in parts.doubles
+    ]
+    if parts.tokens:
+        problems.append(
+            Problem(
+                f"the adapter trains single tokens, {plural(len(parts.tokens), 'tensor')}: {listing(parts.tokens)}",
+                why="this version does not read peft's trainable_token_indices", fix=_FOLD_IT, kind="unsupported",
+            )
+        )  # fmt: skip
+    if parts.unread:
+        problems.append(
+            Problem(
+                f"{plural(len(parts.unread), 'adapter tensor')} of a kind that is not read: {listing(parts.unread)}",
+                why="they are no part of peft's LoRA; AdaLoRA, for one, has a lora_E", fix=_FOLD_IT, kind="unsupported",
+            )
+        )  # fmt: skip
+    return problems
+
+
+def layers_lost(lost: Sequence[str], settings: Settings) -> list[Problem]:
+    """Modules that target_modules selects, and of which the adapter has nothing."""
+    if not lost:
+        return []
+    return [
+        Problem(
+            f"the adapter has nothing for {plural(len(lost), 'layer')} that target_modules selects: {listing(lost)}",
+            where=settings.origins["target_modules"],
+            why="a part of the adapter was not saved, or the file is of another run",
+            fix="save the adapter whole, or pass the file of this run: --lora_config FILE",
+            kind="missing",
+        )
+    ]
+
+
+def left_over(names: Sequence[str]) -> list[Problem]:
+    """Tensors beside an adapter alone that are of no module that was trained whole: they would be lost."""
+    if not names:
+        return []
+    return [
+        Problem(
+            f"{plural(len(names), 'tensor')} beside the adapter would be in no file: {listing(names)}",
+            why="nothing says that they were trained, and their modules are not complete",
+            fix="pass the adapter_config.json of this run: --lora_config FILE; or fold: --lora fold --base_model DIR",
+            kind="contradiction",
+        )
+    ]
 
 
 def of_another_kind(settings: Settings) -> list[Problem]:
@@ -82,6 +134,15 @@ def lacking(
     absent = [name for name in absent if name not in base]
     if not absent:
         return []
+    if directory is not None and (names := adapter_names(base)):
+        return [
+            Problem(
+                f"the base model's directory holds an adapter: {listing(names)}",
+                where=directory,
+                why="an adapter is a change to a model, and no model",
+                fix="pass the model that training started from: --base_model DIR",
+            )
+        ]
     return [
         Problem(
             f"the weights of {plural(len(absent), 'adapted layer')} are not here: {listing(absent)}",
@@ -90,6 +151,26 @@ def lacking(
             fix="pass the model that training started from: --base_model DIR"
             + ("; or write the adapter alone: --lora adapter" if directory is None else ""),
             kind="missing",
+        )
+    ]
+
+
+def of_another_family(
+    published: Collection[str], held: Collection[str], base: Collection[str], facts: ModelFacts, directory: str
+) -> list[Problem]:
+    """Tensors of the model that its modules in the base model do not have. published: those that the model needs."""
+    modules = {name.rpartition(".")[0] for name in base}
+    lacking = [name for name in published if name not in base and name not in held]
+    absent = [name for name in lacking if name.rpartition(".")[0] in modules]
+    if not absent:
+        return []
+    return [
+        Problem(
+            f"the base model lacks {plural(len(absent), 'tensor')} of {facts.class_name}: {listing(absent)}",
+            where=directory,
+            why="it is of another family than the config of the run",
+            fix="pass the model that training started from: --base_model DIR",
+            kind="contradiction",
         )
     ]
 

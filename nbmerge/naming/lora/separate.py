@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 
 from nbmerge import expressions as ex
@@ -15,10 +15,19 @@ from nbmerge.layout import Checkpoint
 from nbmerge.naming.facts import ModelFacts
 from nbmerge.naming.inverse import inverted
 from nbmerge.naming.lora import refusals
-from nbmerge.naming.lora.config import adapter_config, most_common_rank
+from nbmerge.naming.lora.config import adapter_config, most_common_rank, selected_modules
 from nbmerge.naming.lora.facts import LoraFacts
 from nbmerge.naming.lora.fold import folded, folded_bias, folded_experts
-from nbmerge.naming.lora.keys import DEFAULT, MODEL_PREFIX, Adapted, Layer, saved_name, take_apart
+from nbmerge.naming.lora.keys import (
+    DEFAULT,
+    MODEL_PREFIX,
+    Adapted,
+    Layer,
+    ancestors,
+    saved_name,
+    shortest_saved,
+    take_apart,
+)
 from nbmerge.naming.lora.layers import Fitted, fit
 from nbmerge.naming.lora.settings import Settings, read_settings
 from nbmerge.naming.notes import Drop
@@ -57,8 +66,8 @@ def separated(
     places += [checkpoint.config_dir] if checkpoint.config_dir is not None else []
     places += [file.path.parent for file in checkpoint.files[:1]]  # of an iteration, where its root was opened
     settings = read_settings([checkpoint.path, *places], options.lora_config, options.lora_alpha)
-    if adapter not in parts.saved and not parts.has_base:
-        parts.set_saved(adapter, settings.values.get("modules_to_save") or ())
+    if not parts.holds_model(adapter):
+        settings = _take_trained(parts, adapter, settings, facts)
     work = _Work(parts, adapter, settings, facts, options, base)
     fitted, problems = fit(work.layers.values(), settings, facts, work.shape_of)
     problems = [*settings.problems, *problems, *work.problems(fitted)]
@@ -109,12 +118,18 @@ class _Work:
         """What forbids the mode that was asked for."""
         if found := refusals.of_another_kind(self.settings):
             return found
+        if not self.parts.holds_model(self.adapter):
+            found += refusals.layers_lost(self._lost(), self.settings)
         if self.options.lora == "adapter":
-            return []
+            return found + refusals.left_over(self._left_over())
         directory = self.base.directory if self.base else None
         wanted = [each.weight for each in fitted]
         wanted += [f"{each.layer.plain}.bias" for each in fitted if each.layer.bias is not None]
-        found = refusals.lacking(wanted, self.parts.model, self._base, directory, self.settings)
+        found += refusals.lacking(wanted, self.parts.model, self._base, directory, self.settings)
+        if self.base is not None and not self.parts.holds_model(self.adapter) and not found:
+            held = {*self.parts.model, *self.saved}
+            needed = [name for name in self.facts.published if name not in self.facts.tied_on_hub]
+            found += refusals.of_another_family(needed, held, self._base, self.facts, self.base.directory)
         if self.options.lora == "fold":
             found += refusals.tied(fitted, {**self.facts.tied, **self.facts.tied_on_hub})
         return found
@@ -146,26 +161,57 @@ class _Work:
         """The tensors of adapter_model.safetensors, under peft's names."""
         found = {saved_name(each.layer, part): expr for each in fitted for part, expr in each.layer.parts.items()}
         found |= {MODEL_PREFIX + name: expr for name, expr in self.saved.items()}
-        biases = self.settings.values.get("bias", "none")
         adapted = {each.layer.plain for each in fitted}
-        for name, expr in self.parts.model.items():
-            module, _, end = name.rpartition(".")
-            if end == "bias" and (biases == "all" or (biases == "lora_only" and module in adapted)):
-                wrapped = f"{module}.base_layer.bias" if module in adapted else name
-                found[MODEL_PREFIX + wrapped] = expr
+        for name in self._trained_biases():
+            module = name.rpartition(".")[0]
+            wrapped = f"{module}.base_layer.bias" if module in adapted else name
+            found[MODEL_PREFIX + wrapped] = self.parts.model[name]
         return found
+
+    def _trained_biases(self) -> list[str]:
+        """The biases that were trained beside the adapter."""
+        kind = self.settings.values.get("bias", "none")
+        adapted = {layer.plain for layer in self.layers.values()}
+        return [
+            name
+            for name in self.parts.model
+            if name.endswith(".bias") and name not in self.saved
+            and (kind == "all" or (kind == "lora_only" and name.removesuffix(".bias") in adapted))
+        ]  # fmt: skip
+
+    def _left_over(self) -> list[str]:
+        """Tensors beside an adapter alone that nothing says what they are for."""
+        if self.parts.holds_model(self.adapter):
+            return []
+        known = {*self._trained_biases(), *self.saved, *(f"{layer.plain}.weight" for layer in self.layers.values())}
+        return [name for name in self.parts.model if name not in known]
 
     def config(self, fitted: Sequence[Fitted]) -> bytes:
         """adapter_config.json."""
-        names = {*self.facts.memory, *self.parts.model}
         return adapter_config(
-            fitted, self._saved_modules(), self.settings, self.facts, {name.rpartition(".")[0] for name in names},
+            fitted, self.parts.whole.get(self.adapter, ()), self.settings, self.facts, self._modules(),
             base_model=self.options.base_model, base_is_beside=self.options.lora == "split",
         )  # fmt: skip
 
     def _saved_modules(self) -> list[str]:
-        """Modules that were trained whole, by the last part of their names, as peft's modules_to_save has them."""
-        return sorted({module.rpartition(".")[2] for module in self.parts.whole.get(self.adapter, ())})
+        """Modules that were trained whole, as peft's modules_to_save has them."""
+        return shortest_saved(self.parts.whole.get(self.adapter, ()), self._modules())
+
+    def _modules(self) -> set[str]:
+        """The model's modules, as far as tensors tell."""
+        return {module for name in (*self.facts.memory, *self.parts.model) for module in ancestors(name)}
+
+    def _lost(self) -> list[str]:
+        """Linear and like modules that target_modules selects, and of which the adapter has nothing."""
+        shapes = self.facts.memory
+        modules = {
+            name.removesuffix(".weight") for name in shapes if name.endswith(".weight") and len(shapes[name]) > 1
+        }
+        adapted = {layer.plain for layer in self.layers.values()}
+        if not adapted <= modules:  # it is of parameters, or under other names than the config's
+            return []
+        whole = {name.rpartition(".")[0] for name in self.saved}
+        return sorted((selected_modules(self.settings, modules) or set()) - adapted - whole)
 
     def drops(self) -> list[Drop]:
         """What is left out: other adapters, and in a fold the originals of modules that were trained whole."""
@@ -192,13 +238,31 @@ class _Work:
                 if key in self.settings.origins}  # fmt: skip
         return LoraFacts(
             mode=str(self.options.lora), adapter=self.adapter, layers=len(fitted), r=r, alpha=alpha, scale=scale,
-            ranks={each.layer.plain: each.kind.r for each in fitted if each.kind.r != r},
-            alphas={each.layer.plain: each.kind.alpha for each in fitted if each.kind.alpha != alpha},
+            ranks={each.target: each.kind.r for each in fitted if each.kind.r != r},
+            alphas={each.target: each.kind.alpha for each in fitted if each.kind.alpha != alpha},
             use_rslora=self.settings.use_rslora, use_dora=any(kind.use_dora for kind in kinds),
             saved=tuple(self._saved_modules()), peft=_peft_version(),
             precision=self.options.fold_precision if self.options.lora == "fold" else "",
             origins={"r": "the tensors", "use_rslora": "peft's default: nothing says otherwise", **told},
         )  # fmt: skip
+
+
+def _take_trained(parts: Adapted, adapter: str, settings: Settings, facts: ModelFacts) -> Settings:
+    """Of an adapter's tensors alone: what was trained whole, and whether biases were; the files' word, else the names'.
+
+    Returns the settings, with `bias` where only the names told it.
+    """
+    if ends := settings.values.get("modules_to_save"):
+        parts.set_saved(adapter, ends)
+    parts.set_complete(adapter, [*facts.memory, *facts.published])
+    biases = {module for module, _, end in (name.rpartition(".") for name in parts.model) if end == "bias"}
+    if not biases or "bias" in settings.values:
+        return settings
+    adapted = {layer.plain for layer in parts.layers[adapter].values()}
+    kind = "lora_only" if biases <= adapted else "all"
+    return replace(
+        settings, values={**settings.values, "bias": kind}, origins={**settings.origins, "bias": "the tensors' names"}
+    )
 
 
 def _in_memory(published: Mapping[str, Expr], facts: ModelFacts) -> dict[str, Expr]:

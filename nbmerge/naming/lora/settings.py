@@ -10,6 +10,7 @@ from typing import Any
 
 from nbmerge.errors import OptionError, Problem
 from nbmerge.json_files import json_object
+from nbmerge.naming.lora.checks import another_type, is_size, wrong_values
 from nbmerge.options import expanded_path
 
 ADAPTER_CONFIG, VERL_META = "adapter_config.json", "lora_train_meta.json"
@@ -58,22 +59,26 @@ class Settings:
         value = self.values.get("init_lora_weights")
         return value if isinstance(value, str) and _CHANGES_BASE.match(value.lower()) else ""
 
-    def alpha_of(self, module: str) -> float:
-        """lora_alpha of a module, by peft's alpha_pattern. Only where lora_alpha is known."""
-        alpha: float = _by_pattern(self.values.get("alpha_pattern"), module, self.values["lora_alpha"])
+    def alpha_of(self, target: str) -> float:
+        """lora_alpha of a module or parameter, by peft's alpha_pattern. Only where lora_alpha is known."""
+        alpha: float = _by_pattern(self.values.get("alpha_pattern"), target, self.values["lora_alpha"])
         return alpha
 
-    def rank_of(self, module: str) -> int | None:
-        """The rank that is recorded of a module, by peft's rank_pattern; None where none is."""
-        rank: int | None = _by_pattern(self.values.get("rank_pattern"), module, self.r)
+    def rank_of(self, target: str) -> int | None:
+        """The rank that is recorded of a module or parameter, by peft's rank_pattern; None where none is."""
+        rank: int | None = _by_pattern(self.values.get("rank_pattern"), target, self.r)
         return rank
 
+    def is_parameter(self, name: str) -> bool:
+        """Whether target_parameters selects the tensor of this name, by peft's rule."""
+        return any(f".{name}".endswith(f".{end}") for end in self.values.get("target_parameters") or ())
 
-def _by_pattern(patterns: object, module: str, default: Any) -> Any:
+
+def _by_pattern(patterns: object, target: str, default: Any) -> Any:
     """The rule of peft.utils.get_pattern_key: the first pattern that is the end of the name, or fits it."""
     if isinstance(patterns, dict):
         for pattern, value in patterns.items():
-            if re.match(rf"(.*\.)?({pattern})$", module):
+            if re.match(rf"(.*\.)?({pattern})$", target):
                 return value
     return default
 
@@ -89,10 +94,12 @@ def read_settings(places: list[Path], lora_config: str | None, lora_alpha: float
     problems: list[Problem] = []
     for path, content in found:
         for key, value in content.items():
-            if value is None:
+            if value is None or (key == "r" and _is_zero(value)):
                 continue
-            if key not in values:
+            if key not in values or (key == "lora_alpha" and _is_zero(values[key])):
                 values[key], origins[key] = value, str(path)
+            elif key == "lora_alpha" and _is_zero(value):
+                continue
             elif key in ("r", "lora_alpha") and values[key] != value and lora_alpha is None:
                 problems.append(_contradiction(key, values[key], origins[key], value, path))
     base = next((content for path, content in found if "peft_type" in content), {})
@@ -101,8 +108,18 @@ def read_settings(places: list[Path], lora_config: str | None, lora_alpha: float
         said = f"; {origins['lora_alpha']} says {values['lora_alpha']!r}" if "lora_alpha" in values else ""
         values["lora_alpha"], origins["lora_alpha"] = lora_alpha, f"the option lora_alpha{said}"
         values.pop("alpha_pattern", None)
+    if others := another_type(values, origins):
+        return Settings({}, {}, base, tuple(others))
+    wrong = wrong_values(values, origins)
+    problems += [problem for found in wrong.values() for problem in found]
     problems += _alpha_problem(values, origins, places)
-    return Settings(values, origins, base, tuple(problems))
+    known = {key: value for key, value in values.items() if key not in wrong}
+    return Settings(known, origins, base, tuple(problems))
+
+
+def _is_zero(value: object) -> bool:
+    """Whether it is the 0 that verl writes for what it does not know."""
+    return value == 0 and not isinstance(value, bool)
 
 
 def _given(lora_config: str) -> Iterator[tuple[Path, dict[str, Any]]]:
@@ -156,12 +173,14 @@ def _contradiction(key: str, value: object, origin: str, other: object, path: Pa
 
 def _alpha_problem(values: Mapping[str, Any], origins: Mapping[str, str], places: list[Path]) -> list[Problem]:
     alpha = values.get("lora_alpha")
-    if isinstance(alpha, (int, float)) and not isinstance(alpha, bool) and 0 < alpha < float("inf"):
+    if is_size(alpha):
         return []
     if alpha is None:
         what, where = "nothing says lora_alpha, without which the adapter's scale is not known", str(places[0])
         why = f"there is no {ADAPTER_CONFIG} and no {VERL_META} in or beside the checkpoint that says it"
     else:
         what, where = f"lora_alpha is {alpha!r}", origins["lora_alpha"]
-        why = "with alpha 0 an adapter changes nothing; verl has written 0 where it did not know better"
+        why = "alpha is a finite number above 0"
+        if _is_zero(alpha):
+            why = "with alpha 0 an adapter changes nothing; verl has written 0 where it did not know better"
     return [Problem(what, where, why, ALPHA_FIX, kind="missing")]

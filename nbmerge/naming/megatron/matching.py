@@ -29,9 +29,9 @@ def match_of(family: Family, name: str, sizes: Sizes) -> Match | None:
     """The rule for a canonical name."""
     for prefix, target in family.unchanged.items():
         if name.startswith(prefix):
-            return Match(_UNCHANGED, (target + name.removeprefix(prefix),))
+            return Match(_UNCHANGED, (sizes.spelled(target + name.removeprefix(prefix)),))
     if name in family.ends:
-        return Match(family.ends[name], family.ends[name].targets)
+        return Match(family.ends[name], tuple(map(sizes.spelled, family.ends[name].targets)))
     for stack in family.stacks:
         if name.startswith(stack.source) and (numbered := _NUMBER.fullmatch(name.removeprefix(stack.source))):
             return _in_stack(stack, int(numbered[1]), numbered[2], sizes)
@@ -47,7 +47,7 @@ def _in_stack(stack: Stack, number: int, row: str, sizes: Sizes) -> Match | None
         return None
     layer = number + (sizes.need(stack.after) if stack.after else 0)
     names = tuple(
-        f"{stack.target}{layer}.{target if expert is None else target.replace('{e}', str(expert))}"
+        sizes.spelled(f"{stack.target}{layer}.{target if expert is None else target.replace('{e}', str(expert))}")
         for target in rule.targets
     )
     return Match(rule, names, expert, stack.loaded)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 from typing import Any
 
@@ -18,6 +19,7 @@ from nbmerge.explaining.alike import and_more
 from nbmerge.explaining.model_patterns import CONFIG_FIX
 from nbmerge.expressions import Expr
 from nbmerge.geometry import Shape
+from nbmerge.naming.towers import spelled, spellings
 
 _MOST_PADDING = 16_384  # rows: a padded vocabulary is a multiple of 128, or a little more, for each of 128 ranks
 
@@ -48,6 +50,14 @@ class Sizes:
         if not isinstance(value, int):
             raise LookupError(f"config.json has no {path}")
         return value
+
+    @cached_property
+    def _spelling(self) -> Mapping[str, str]:
+        return spellings(self.published)
+
+    def spelled(self, name: str) -> str:
+        """A published name as the installed transformers spells it (see `towers`)."""
+        return name if name in self.published else spelled(name, self._spelling)
 
 
 @dataclass(frozen=True, slots=True)

@@ -84,6 +84,6 @@ GEMMA_3_VISION = Family(
         decoder(ATTENTION, QK_NORM, _NORMS, DENSE_MLP, prefix="language_model.model."),
         Stack("vision_model.decoder.layers.", "vision_tower.encoder.layers.", _VISION_LAYER),
     ),
-    unchanged={"vision_tower.vision_model.": "vision_tower.", "vision_tower.": "vision_tower."},
+    unchanged={"vision_tower.": "vision_tower."},
     zero_centred=True,
 )
