@@ -8,7 +8,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -27,6 +27,23 @@ _QUIET = (HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.function
 settings.register_profile("quick", max_examples=60, deadline=None, suppress_health_check=_QUIET, print_blob=True)
 settings.register_profile("thorough", max_examples=1500, deadline=None, suppress_health_check=_QUIET, print_blob=True)
 settings.load_profile(os.environ.get("NBMERGE_HYPOTHESIS", "quick"))
+
+
+# Tests whose fixtures are costly to make, and which one worker therefore runs together. (pytest-xdist's own
+# `xdist_group` has no effect under pytest 9.2, which makes a test's id anew each time.)
+_TOGETHER = ("tests/frameworks/test_megatron_demo.py", "tests/frameworks/", "tests/browser/", "tests/test_demo.py")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Spreads tests over the workers one by one, but for those that belong together."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Together(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return next((path for path in _TOGETHER if nodeid.startswith(path)), nodeid)
+
+    return Together(config, log)
 
 
 @pytest.fixture(scope="session")

@@ -33,8 +33,6 @@ from nbmerge.demo.models import ARCHITECTURES, VOCABULARY, build_model
 from nbmerge.demo.tokenizer import build_tokenizer
 from nbmerge.errors import OptionError, TargetError
 
-pytestmark = pytest.mark.xdist_group("demo")
-
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> DemoCheckpoint:

@@ -141,6 +141,8 @@ def test_peft_s_own_file_without_a_config_loses_nothing(tmp_path: Path, config: 
             if name.endswith(".bias") and tensor.requires_grad:
                 tensor.add_(1)
     state = {name: tensor.clone() for name, tensor in get_peft_model_state_dict(made.model).items()}
+    if config.get("bias") == "lora_only" and not any(name.endswith(".bias") for name in state):
+        pytest.skip("this peft (up to 0.19) loses the biases of bias='lora_only' itself")
     write_world(tmp_path / "ckpt", made, state)
     nbmerge.merge(tmp_path / "ckpt", tmp_path / "out", lora="adapter", lora_alpha=5)
     loaded = PeftModel.from_pretrained(copy.deepcopy(tiny_model("qwen2")), tmp_path / "out" / "lora_adapter").eval()

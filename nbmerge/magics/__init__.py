@@ -16,6 +16,13 @@ if TYPE_CHECKING:
 _MATCHER = "nbmerge.magics"
 
 
+class Interrupted(KeyboardInterrupt):
+    """The stop button was pressed. A notebook shows what that means, and no traceback."""
+
+    def _render_traceback_(self) -> list[str]:
+        return [f"KeyboardInterrupt: {self}"]
+
+
 def register(shell: InteractiveShell) -> None:
     """Adds the magics and their completion to a shell. Registering again replaces them."""
     from IPython.core.completer import context_matcher
@@ -32,7 +39,10 @@ def register(shell: InteractiveShell) -> None:
 
 def _function(magic: Magic, shell: InteractiveShell) -> Callable[..., object]:
     def function(line: str, cell: str = "", local_ns: Mapping[str, Any] | None = None) -> object:
-        return magic.run(line, {**shell.user_ns, **(local_ns or {})}, cell)
+        try:
+            return magic.run(line, {**shell.user_ns, **(local_ns or {})}, cell)
+        except KeyboardInterrupt as stop:
+            raise Interrupted(str(stop) or magic.stopped) from None
 
     function.__name__ = function.__qualname__ = magic.name
     function.__doc__ = magic.help

@@ -34,6 +34,8 @@ class Magic:
     example: str
     act: Callable[[dict[str, Any]], object]
     parsers: tuple[Parser, ...]
+    stopped: str = "stopped; nothing was changed"
+    """What is said where the user stops it."""
 
     @property
     def help(self) -> str:
@@ -175,9 +177,10 @@ def _push_parser() -> Parser:
 
 
 def _magic(
-    name: str, summary: str, arguments: str, act: Callable[[dict[str, Any]], object], add: Callable[[Parser], None]
-) -> Magic:
-    return Magic(name, summary, f"%{name} {arguments}", act, _parsers(name, summary, add))
+    name: str, summary: str, arguments: str, act: Callable[[dict[str, Any]], object], add: Callable[[Parser], None],
+    **more: str,
+) -> Magic:  # fmt: skip
+    return Magic(name, summary, f"%{name} {arguments}", act, _parsers(name, summary, add), **more)
 
 
 MAGICS = {
@@ -189,6 +192,7 @@ MAGICS = {
             "global_step_100/actor --target_dir merged",
             _merge,
             _merge_parser,
+            stopped="stopped; nothing stands under the target's name, and the same line takes the merge up again",
         ),
         _magic(
             "inspect_ckpt",
@@ -224,6 +228,7 @@ MAGICS = {
             "%push_ckpt $report me/my-model --private",
             _push,
             (_push_parser(),),
+            stopped="stopped; the repository is as it was, and the same line takes the upload up again",
         ),
     )
 }

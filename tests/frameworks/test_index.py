@@ -17,7 +17,6 @@ from nbmerge.engine.sources import LocalFiles
 from nbmerge.geometry import Box
 from tests.frameworks.recipes import RECIPES, UNMERGED
 
-pytestmark = pytest.mark.xdist_group("frameworks")
 Checkpoints = Mapping[str, DemoCheckpoint]
 States = Callable[[str], Mapping[str, torch.Tensor]]
 

@@ -22,7 +22,6 @@ from nbmerge.errors import IncompleteCheckpointError, OptionError
 
 # torch's reader says that it reads in a single process, which is meant.
 pytestmark = [
-    pytest.mark.xdist_group("megatron_demo"),
     pytest.mark.filterwarnings("ignore:torch.distributed is disabled"),
 ]
 

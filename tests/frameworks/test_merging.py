@@ -15,7 +15,6 @@ from nbmerge.demo.proof import raw_tensors
 from nbmerge.errors import PlanError, UnsupportedCheckpointError
 from tests.frameworks.recipes import RECIPES, REFUSED, UNMERGED
 
-pytestmark = pytest.mark.xdist_group("frameworks")
 Checkpoints = Mapping[str, DemoCheckpoint]
 
 TIED = [name for name, recipe in RECIPES.items() if recipe.tied]

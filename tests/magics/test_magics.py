@@ -242,3 +242,16 @@ def test_options_are_completed_in_a_cells_body(shell: InteractiveShell) -> None:
     assert f"{cell}dtype = bfloat16" in _completions(shell, f"{cell}dtype = bf")
     assert f"{cell}backend megatron" in _completions(shell, f"{cell}backend meg")
     assert "print(1)\nmax_shard_size" not in _completions(shell, "print(1)\nmax")
+
+
+def test_a_stop_is_told_in_a_line(
+    shell: InteractiveShell, checkpoint_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("nbmerge.api.merge", stopped)
+    with pytest.raises(KeyboardInterrupt, match="the same line takes the merge up again") as caught:
+        _run(shell, f"%merge_ckpt '{checkpoint_dir}' --target_dir out")
+    (line,) = caught.value._render_traceback_()  # type: ignore[attr-defined]
+    assert line.startswith("KeyboardInterrupt: stopped; nothing stands under the target's name")
