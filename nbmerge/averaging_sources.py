@@ -17,15 +17,14 @@ from nbmerge.loaders.hf import adapters, holds_whole_tensors
 from nbmerge.naming.adapted import holds_adapter
 from nbmerge.naming.lora.facts import ADAPTER_DIRECTORY
 from nbmerge.opening import make_plan_of, merge_options, open_checkpoint
-from nbmerge.options import OPEN_ONLY, OPEN_OPTIONS, MergeOptions, expanded_path
+from nbmerge.options import ADAPTER_OPTIONS, OPEN_ONLY, OPEN_OPTIONS, MergeOptions, expanded_path
 from nbmerge.plan import MergePlan
 from nbmerge.report import MergeReport
 from nbmerge.weights import Source
 
 _BLOCK_BYTES = 2 * 2**20
-_OF_ADAPTERS = ("lora", "lora_alpha", "lora_config", "fold_precision")
 # What is done to each source before the mean, so that nothing of it is left to do to the result.
-SOURCE_ONLY = frozenset({*OPEN_ONLY, *_OF_ADAPTERS, "base_model", "allow_drift"})
+SOURCE_ONLY = frozenset({*OPEN_ONLY, *ADAPTER_OPTIONS, "base_model", "allow_drift"})
 _OF_SOURCES = frozenset({*OPEN_OPTIONS, *SOURCE_ONLY, "is_value_model", "tie_word_embedding"})
 _OF_DIRECTORIES = frozenset({"hf_model_config_path", "trust_pickle", "trust_remote_code", "workers"})
 # What of config.json changes the model and no shape: means of two such models are a third one.
@@ -106,7 +105,7 @@ def _planned(
         if isinstance(each, MergePlan):
             plans.append(each)
             continue
-        own = {n: v for n, v in options.items() if has_adapter or not any(adapted) or n not in _OF_ADAPTERS}
+        own = {n: v for n, v in options.items() if has_adapter or not any(adapted) or n not in ADAPTER_OPTIONS}
         if each.config_dir is None:
             own["hf_model_config_path"] = config
         plans.append(make_plan_of(each, MergeOptions(**own), progress))

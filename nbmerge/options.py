@@ -17,6 +17,7 @@ DIALECTS = ("hub", "transformers")
 LORA_MODES = ("split", "fold", "adapter")
 FOLD_PRECISIONS = ("exact", "fp32")
 WEIGHTS = ("master", "model")
+ADAPTER_OPTIONS = ("lora", "lora_alpha", "lora_config", "fold_precision")
 # The keywords of `open_checkpoint`. Planning reads three of them too; the others come too late once it is open.
 OPEN_OPTIONS = (
     "backend", "hf_model_config_path", "trust_pickle", "trust_remote_code", "mesh_dim_names", "mesh_shape",

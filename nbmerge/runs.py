@@ -93,11 +93,12 @@ def inspect(path: PathLike, **options: Any) -> Checkpoint | Run:
     what opening raises.
     """
     directory = existing_directory(expanded_path(os.fspath(path)))
-    if options.get("backend", "auto") == "auto" and (not is_recognised(directory) or _holds_steps(directory, options)):
-        run = survey(directory, **options)
-        if any(each.backends for each in run):
-            return run
-    return open_checkpoint(path, **options)
+    if options.get("backend", "auto") != "auto":
+        return open_checkpoint(path, **options)
+    if is_recognised(directory) and (itself := _itself(directory, options)) is not None:
+        return itself
+    run = survey(directory, **options)
+    return run if any(each.backends for each in run) else open_checkpoint(path, **options)
 
 
 def survey(path: PathLike, **options: Any) -> Run:
@@ -122,15 +123,18 @@ def _order(step: int | None) -> int:
     return -1 if step is None else step
 
 
-def _holds_steps(directory: Path, options: dict[str, Any]) -> bool:
-    """Whether there are steps in a directory that is a checkpoint itself, beside the one that it is read from."""
+def _itself(directory: Path, options: dict[str, Any]) -> Checkpoint | None:
+    """The checkpoint in the directory itself; None where there are steps below it that it is not read from."""
     steps = [each for each in subdirectories(directory) if step_of(each) is not None and is_recognised(each)]
-    if len(steps) != 1:
-        return bool(steps)
+    if not steps:
+        return open_checkpoint(directory, **options)
+    if len(steps) > 1:
+        return None
     try:
-        return not _is_made_of(open_checkpoint(directory, **{"progress": False, **options}), steps)
+        checkpoint = open_checkpoint(directory, **options)
     except (NbmergeError, OSError):
-        return True
+        return None
+    return checkpoint if _is_made_of(checkpoint, steps) else None
 
 
 def _is_made_of(checkpoint: Checkpoint, steps: list[Path]) -> bool:

@@ -11,7 +11,7 @@ from nbmerge.errors import NotACheckpointError
 from nbmerge.layout import Checkpoint
 from nbmerge.naming.adapted import holds_adapter
 from nbmerge.opening import PathLike, open_checkpoint
-from nbmerge.options import OPEN_ONLY, OPEN_OPTIONS, expanded_path
+from nbmerge.options import ADAPTER_OPTIONS, OPEN_ONLY, OPEN_OPTIONS, expanded_path
 from nbmerge.run_search import step_of
 from nbmerge.weights import Source, Weights, is_model_directory, weights_of
 
@@ -38,11 +38,8 @@ def _weights(source: Source, progress: bool | None, options: dict[str, Any]) -> 
         source = open_checkpoint(path, progress=progress, **opening)
         options = {name: value for name, value in options.items() if name not in OPEN_ONLY}
     if isinstance(source, Checkpoint) and not holds_adapter(source):
-        options = {name: value for name, value in options.items() if name not in _OF_ADAPTERS}
+        options = {name: value for name, value in options.items() if name not in ADAPTER_OPTIONS}
     return weights_of(source, progress=progress, **options)
-
-
-_OF_ADAPTERS = ("lora", "lora_alpha", "lora_config", "fold_precision")
 
 
 def _with_config(

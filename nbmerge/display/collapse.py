@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -61,9 +61,15 @@ def numbers_in_words(numbers: Iterable[int]) -> str:
         return "·"
     if len(ordered) == 1:
         return str(ordered[0])
-    step = ordered[1] - ordered[0]
-    if all(b - a == step for a, b in pairwise(ordered)) and (len(ordered) > 2 or step == 1):
+    step = even_step(ordered)
+    if step is not None and (len(ordered) > 2 or step == 1):
         return f"{ordered[0]}..{ordered[-1]}" + (f" step {step}" if step > 1 else "")
     if len(ordered) <= _LISTED:
         return ", ".join(map(str, ordered))
     return f"{len(ordered):,} of {ordered[0]}..{ordered[-1]}"
+
+
+def even_step(ordered: Sequence[int]) -> int | None:
+    """What each number is above the one before it; None where that differs, or there are fewer than two."""
+    steps = {b - a for a, b in pairwise(ordered)}
+    return steps.pop() if len(steps) == 1 else None

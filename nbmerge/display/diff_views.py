@@ -168,7 +168,7 @@ def _heat(diff: ModelDiff) -> Table | None:
     width = -(-len(layers) // _LAYERS)
     rows_of = {layer: number // width for number, layer in enumerate(layers)}
     cells = rolled(inside, lambda tensor: (rows_of[tensor.place.layer or 0], tensor.place.kind))
-    most = max(map(_share, cells.values()), default=0.0)
+    most = max(map(shown_share, cells.values()), default=0.0)
     rows = []
     for row, start in enumerate(range(0, len(layers), width)):
         together = layers[start : start + width]
@@ -184,11 +184,12 @@ def share_cell(found: Statistics | None, longest: float = 1.0) -> Cell:
     """A share of changed elements, with a bar that is full at `longest`."""
     if found is None:
         return Cell("")
-    share = _share(found)
+    share = shown_share(found)
     return Cell(percent(share) if share else "0", bar=share / longest if longest else 0.0)
 
 
-def _share(found: Statistics) -> float:
+def shown_share(found: Statistics) -> float:
+    """The share that is drawn: after rounding to the narrower dtype where there is one."""
     return found.share if found.share_rounded is None else found.share_rounded
 
 

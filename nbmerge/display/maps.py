@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from nbmerge.display import words
+from nbmerge.display.collapse import even_step
 from nbmerge.display.meshes import axis_label, ordered
 from nbmerge.display.model import Grid, Patch
 from nbmerge.display.shards import has_ranks, holders_of, is_stored_once
@@ -37,20 +38,17 @@ def shard_map(tensor: LazyTensor, title: str = "") -> Grid | None:
     fixed: dict[int | None, Interval] = {dim: cuts.intervals[dim][0] for dim in cut if dim not in (rows, columns)}
     downward = _shown([(0, 0)] if rows is None else cuts.intervals[rows])
     across = _shown([(0, 0)] if columns is None else cuts.intervals[columns])
-    patches = tuple(
-        tuple(
-            _GAP if down is None or right is None else _patch(cuts.at({**fixed, rows: down, columns: right}), tensor)
-            for right in across
-        )
-        for down in downward
-    )
     return Grid(
         title,
         down=f"dim {rows}" if rows is not None else "",
         across=f"dim {columns}" if columns is not None else "",
         row_heads=_heads(downward, drawn=rows is not None),
         column_heads=_heads(across, drawn=columns is not None),
-        patches=patches,
+        patches=_patches(
+            downward,
+            across,
+            lambda down, right: _patch(cuts.at({**fixed, rows: down, columns: right}), tensor),
+        ),
         sizes=_sizes(downward),
         notes=tuple(_notes(tensor, cuts, (rows, columns), fixed)),
     )
@@ -68,15 +66,11 @@ def mesh_map(checkpoint: Checkpoint) -> Grid | None:
     sizes = tuple(axis.size for axis in outer)
     rows, columns = math.prod(sizes), last.size
     downward, across = _shown([(row, row) for row in range(rows)]), _shown([(one, one) for one in range(columns)])
-    patches = tuple(
-        tuple(
-            _GAP
-            if down is None or right is None
-            else Patch(f"rank {down[0] * columns + right[0]:,}", down[0] * columns + right[0])
-            for right in across
-        )
-        for down in downward
-    )
+
+    def patch(down: Interval, right: Interval) -> Patch:
+        rank = down[0] * columns + right[0]
+        return Patch(f"rank {rank:,}", rank)
+
     notes = [f"{count:,} {what}; {_ENDS}" for count, what in ((rows, "rows"), (columns, "columns")) if count > _MOST]
     return Grid(
         "Device mesh " + " × ".join(axis_label(axis) for axis in ordered(mesh)),
@@ -84,7 +78,7 @@ def mesh_map(checkpoint: Checkpoint) -> Grid | None:
         across=words.elide(last.name, 24),
         row_heads=tuple("⋯" if one is None else _place(one[0], sizes) for one in downward),
         column_heads=tuple("⋯" if one is None else str(one[0]) for one in across),
-        patches=patches,
+        patches=_patches(downward, across, patch),
         notes=tuple(notes),
     )
 
@@ -94,8 +88,8 @@ def ranks_in_words(ranks: Sequence[int]) -> str:
     found = sorted(set(ranks))
     if len(found) == 1:
         return f"rank {found[0]:,}"
-    step = found[1] - found[0]
-    if len(found) > 2 and found == list(range(found[0], found[-1] + 1, step)):
+    step = even_step(found)
+    if step is not None and len(found) > 2:
         return f"ranks {found[0]:,}..{found[-1]:,}" + (f" step {step}" if step > 1 else "")
     shown = ", ".join(f"{rank:,}" for rank in found[:_LISTED])
     return f"ranks {shown}" + (f" and {len(found) - _LISTED:,} more" if len(found) > _LISTED else "")
@@ -140,6 +134,15 @@ def _shown(intervals: Sequence[Interval]) -> list[Interval | None]:
     if len(intervals) <= _MOST:
         return list(intervals)
     return [*intervals[:_FIRST], None, *intervals[-_LAST:]]
+
+
+def _patches(
+    downward: Sequence[Interval | None], across: Sequence[Interval | None], make: Callable[[Interval, Interval], Patch]
+) -> tuple[tuple[Patch, ...], ...]:
+    """The rows of a grid, with a gap for what is not drawn."""
+    return tuple(
+        tuple(_GAP if down is None or right is None else make(down, right) for right in across) for down in downward
+    )
 
 
 def _heads(intervals: Sequence[Interval | None], *, drawn: bool) -> tuple[str, ...]:

@@ -6,9 +6,8 @@ from collections.abc import Iterator
 from dataclasses import fields
 
 from nbmerge.display import words
-from nbmerge.display.checkpoint_views import checkpoint_view, problem_alerts
+from nbmerge.display.checkpoint_views import problem_alerts
 from nbmerge.display.layout_views import layout_sections
-from nbmerge.display.merge_views import plan_view, report_view
 from nbmerge.display.model import Fact, Section, View
 from nbmerge.display.parameter_views import parameters_of
 from nbmerge.errors import plural
@@ -43,11 +42,11 @@ def _how_far(merger: BaseModelMerger) -> str:
 
 def _facts(merger: BaseModelMerger) -> Iterator[Fact]:
     if merger.checkpoint is not None:
-        yield Fact("checkpoint", checkpoint_view(merger.checkpoint).sentence)
+        yield Fact("checkpoint", merger.checkpoint.view().sentence)
     if merger.plan_made is not None:
-        yield Fact("plan", plan_view(merger.plan_made).sentence)
+        yield Fact("plan", merger.plan_made.view().sentence)
     if merger.report is not None:
-        yield Fact("report", report_view(merger.report).sentence)
+        yield Fact("report", merger.report.view().sentence)
 
 
 def _sections(merger: BaseModelMerger) -> Iterator[Section]:

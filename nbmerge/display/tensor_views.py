@@ -61,7 +61,7 @@ def _chunks_section(tensor: LazyTensor) -> Section:
     for chunk in tensor.chunks[:_PIECES]:
         cells = [*_box_cells(chunk, tensor)]
         cells += [Cell(f"{chunk.rank:,}")] if ranks else []
-        cells += [Cell(ranks_in_words([rank for rank, _ in chunk.replicas]))] if copies else []
+        cells += [Cell(_copies_in_words([rank for rank, _ in chunk.replicas]))] if copies else []
         rows.append((*cells, Cell(words.elide(file_label(chunk.stored.file))), Cell(f"{chunk.stored.offset:,}")))
     hidden = max(len(tensor.chunks) - _PIECES, 0)
     table = Table(tuple(columns), tuple(rows), hidden=hidden, rows_are="boxes", rest=".chunks")
@@ -80,7 +80,7 @@ def _box_cells(chunk: Chunk, tensor: LazyTensor) -> tuple[Cell, ...]:
     )
 
 
-def ranks_in_words(ranks: Sequence[int]) -> str:
+def _copies_in_words(ranks: Sequence[int]) -> str:
     """`1, 3`; for many the first and how many; `·` for none."""
     if not ranks:
         return "·"

@@ -10,6 +10,7 @@ from nbmerge.comparing.model_diff import ModelDiff, TensorDiff
 from nbmerge.comparing.rolling import kind_order, main_stack, rolled
 from nbmerge.comparing.sentence import percent
 from nbmerge.comparing.statistics import Statistics
+from nbmerge.display.diff_views import shown_share
 from nbmerge.display.figures.canvas import HUES, Picture, picture, plain, ticks
 from nbmerge.display.figures.histograms import draw_magnitudes, draw_ulps
 from nbmerge.display.words import path_label
@@ -69,6 +70,4 @@ def _histograms(found: Statistics, title: str) -> Picture:
 
 
 def _share(found: Statistics | None) -> float:
-    if found is None:
-        return math.nan
-    return found.share if found.share_rounded is None else found.share_rounded
+    return math.nan if found is None else shown_share(found)

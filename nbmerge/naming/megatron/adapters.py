@@ -68,7 +68,7 @@ def take_adapters(tensors: Mapping[str, Expr], facts: ModelFacts) -> Taken:
         if parsed is None:
             taken.problems.append(_unknown(found.sources[name]))
             continue
-        for module, each in _by_expert(parsed["module"], expr, parsed["part"], facts):
+        for module, each in _by_expert(parsed["module"], expr, parsed["part"], sizes):
             match = match_of(family, f"{module}.weight", sizes)
             try:
                 made = dict(_named(match, each, parsed["part"], parsed["projection"], sizes))
@@ -87,7 +87,7 @@ def is_adapter(name: str) -> bool:
     return _ANY.search(name) is not None
 
 
-def _by_expert(module: str, expr: Expr, part: str, facts: ModelFacts) -> Iterator[tuple[str, Expr]]:
+def _by_expert(module: str, expr: Expr, part: str, sizes: Sizes) -> Iterator[tuple[str, Expr]]:
     """The experts of an adapter of grouped experts, with the module that each has; any other as it is."""
     match = _GROUPED.fullmatch(module)
     if match is None or ".shared_experts" in module:
@@ -95,13 +95,12 @@ def _by_expert(module: str, expr: Expr, part: str, facts: ModelFacts) -> Iterato
         return
     single = 1 if part == _MAGNITUDE else 2
     shared = len(expr.shape) == single
-    count = _experts(facts) if shared else expr.shape[0]
+    count = _experts(sizes) if shared else expr.shape[0]
     for number in range(count):
         yield f"{match[1]}.{number}.{match[2]}", expr if shared else ex.select(expr, 0, number)
 
 
-def _experts(facts: ModelFacts) -> int:
-    sizes = sizes_of(facts)
+def _experts(sizes: Sizes) -> int:
     names = ("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts")
     return next((size for name in names if isinstance(size := sizes.get(name), int)), 0)
 
