@@ -16,9 +16,9 @@ from nbmerge.comparing.elements import common_dtype
 from nbmerge.dtypes import BY_NAME, DType, parse_dtype
 from nbmerge.errors import InconsistentCheckpointError, OptionError
 from nbmerge.expressions import Compute, Expr, Stored, walk
-from nbmerge.layout import Checkpoint, LazyTensor, SourceFile
+from nbmerge.layout import Checkpoint, Equality, LazyTensor, SourceFile
 from nbmerge.options import WEIGHTS
-from nbmerge.plan import Equality, MergePlan
+from nbmerge.plan import MergePlan
 from nbmerge.weights import Source
 
 if TYPE_CHECKING:

@@ -7,9 +7,8 @@ from collections.abc import Iterator
 from nbmerge.engine.comparison import Comparison
 from nbmerge.engine.sources import LocalFiles
 from nbmerge.errors import Problem
-from nbmerge.layout import Checkpoint
+from nbmerge.layout import Checkpoint, Drift, Equality
 from nbmerge.naming.notes import Tie
-from nbmerge.plan import Drift, Equality
 
 _BLOCK = 2**20  # bytes that are compared at a time
 _PROBED = 2**20  # bytes of one tensor's replicas that are compared while planning
@@ -19,7 +18,8 @@ _PROBED_IN_ALL = 64 * 2**20
 def comparisons(
     checkpoint: Checkpoint, ties: tuple[Tie, ...], *, allow_drift: bool
 ) -> tuple[tuple[Equality, ...], tuple[Equality, ...]]:
-    """What must be equal: replicas of one piece, and both sides of a tie. Small ones are compared while planning.
+    """What must be equal: replicas of one piece, both sides of a tie, and what the loader says. Small ones are compared
+    while planning.
 
     allow_drift: whether replicas may differ even where the framework keeps them equal. As many replicas of a tensor as
     fit in 1 MiB are compared, and at least one.
@@ -28,7 +28,8 @@ def comparisons(
     large: list[Equality] = []
     budget = _PROBED_IN_ALL
     strict = checkpoint.strict_copies and not allow_drift
-    for equality in (*_replicas(checkpoint, strict), *_ties(ties)):
+    said = (each for each in checkpoint.compared if not (each.master and allow_drift))
+    for equality in (*_replicas(checkpoint, strict), *_ties(ties), *said):
         if equality.nbytes <= _PROBED and budget >= equality.nbytes:
             small.append(equality)
             budget -= equality.nbytes

@@ -1,4 +1,4 @@
-"""The index of a checkpoint: which tensors it holds, and the chunks that each is stored in."""
+"""The index of a checkpoint: its tensors, the chunks that each is stored in, and what of it must be equal."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from nbmerge.geometry import Box, Shape
 from nbmerge.shown import Displayed, Explored, Plotted
 
 if TYPE_CHECKING:
-    from nbmerge.plan import Equality
     from nbmerge.tensor_stats import TensorStats
 
 
@@ -122,6 +121,45 @@ class LazyTensor(Displayed, Plotted):
 
 
 @dataclass(frozen=True, slots=True)
+class Equality:
+    """Two tensors that should hold the same bytes, of which only `a` is written.
+
+    ranks, box: for copies of one piece of `name`, whose they are and which piece. Training can leave them different,
+    unless `strict`.
+    kept: for a tied weight, the name that is written. If `name` differs from it, the merge would lose it.
+    master: for a master weight, the file that holds it: rounded, it is the 16-bit weight that `b` is.
+    """
+
+    name: str
+    a: Expr
+    b: Expr
+    ranks: tuple[int, int] | None = None
+    box: Box | None = None
+    strict: bool = False
+    kept: str = ""
+    master: str = ""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of one of the two."""
+        return self.a.nbytes
+
+
+@dataclass(frozen=True, slots=True)
+class Drift:
+    """Copies of one piece of a tensor that training left different.
+
+    ranks: the one whose copy is written, and the other; box: the piece; index: the first element of the whole
+    tensor in which they differ.
+    """
+
+    name: str
+    ranks: tuple[int, int]
+    box: Box
+    index: Shape
+
+
+@dataclass(frozen=True, slots=True)
 class SourceFile:
     """A file that a merge reads or leaves alone: path, size in bytes, times of its last change in ns, and what it is.
 
@@ -197,7 +235,8 @@ class Checkpoint(Displayed, Explored, Plotted):
     origin: for tensors that no file of `files` holds, what tells this checkpoint from another;
     opened_with: options of `open_checkpoint` that shape the tensors, where they were given;
     averaged: of an average, where each checkpoint lies that it is the mean of, with its weight;
-    compared: what else must be equal when it is merged: copies and ties of the checkpoints that it is the mean of;
+    compared: what else must be equal when it is merged: masters and 16-bit weights; of an average, what merges of its
+    checkpoints would compare;
     absence: why tensors may be missing, where saving can leave some out;
     whole: whether its files hold whole tensors, so that they tell nothing of ranks.
     """

@@ -14,8 +14,8 @@ from nbmerge.errors import PlanError, Problem, plural
 from nbmerge.explaining.candidates import Mismatch
 from nbmerge.explaining.diagnosis import Diagnosis
 from nbmerge.expressions import Expr, fingerprint
-from nbmerge.geometry import Box, Shape
-from nbmerge.layout import Checkpoint, SourceFile
+from nbmerge.geometry import Shape
+from nbmerge.layout import Checkpoint, Drift, Equality, SourceFile
 from nbmerge.naming.lora.facts import LoraFacts
 from nbmerge.naming.model import HFModel
 from nbmerge.naming.notes import Drop, Filled, Tie, Trim
@@ -79,43 +79,6 @@ class CastNote:
     name: str
     before: DType
     after: DType
-
-
-@dataclass(frozen=True, slots=True)
-class Equality:
-    """Two tensors that should hold the same bytes, of which only `a` is written.
-
-    ranks, box: for copies of one piece of `name`, whose they are and which piece. Training can leave them different,
-    unless `strict`.
-    kept: for a tied weight, the name that is written. If `name` differs from it, the merge would lose it.
-    """
-
-    name: str
-    a: Expr
-    b: Expr
-    ranks: tuple[int, int] | None = None
-    box: Box | None = None
-    strict: bool = False
-    kept: str = ""
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of one of the two."""
-        return self.a.nbytes
-
-
-@dataclass(frozen=True, slots=True)
-class Drift:
-    """Copies of one piece of a tensor that training left different.
-
-    ranks: the one whose copy is written, and the other; box: the piece; index: the first element of the whole
-    tensor in which they differ.
-    """
-
-    name: str
-    ranks: tuple[int, int]
-    box: Box
-    index: Shape
 
 
 @dataclass(frozen=True, slots=True)

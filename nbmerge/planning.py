@@ -66,8 +66,8 @@ def make_plan(checkpoint: Checkpoint, model: HFModel, options: MergeOptions) -> 
         drops=(*named.drops, *(lora.drops if lora else ())),
         ties=named.ties, trims=named.trims, fills=named.fills, base_files=_files_of(named.fills, outputs, base),
         unloaded=named.unloaded, renamed=named.renamed, config_edits=edits, probed=probed,
-        equalities=(*equalities, *checkpoint.compared),
-        drift=drift, versions=versions() | ({"peft": lora.facts.peft} if lora and lora.facts else {}), model=model,
+        equalities=equalities, drift=drift,
+        versions=versions() | ({"peft": lora.facts.peft} if lora and lora.facts else {}), model=model,
         lora=lora.facts if lora else None, adapter_files=adapter_files,
         problems=(
             *checkpoint.problems, *(lora.problems if lora else ()),

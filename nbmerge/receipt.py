@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from nbmerge.plan import Drift, MergePlan, OutputFile, SideFile
+from nbmerge.layout import Drift
+from nbmerge.plan import MergePlan, OutputFile, SideFile
 
 RECEIPT_NAME = "nbmerge_receipt.json"
 SCHEMA = 1  # changes when a reader of the old form would misread the new one

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nbmerge.plan import Drift, MergePlan
+from nbmerge.layout import Drift
+from nbmerge.plan import MergePlan
 from nbmerge.shown import Displayed
 from nbmerge.verification import Verification
 

@@ -20,9 +20,13 @@ from nbmerge.plan import OutputFile, SideFile
 from nbmerge.receipt import RECEIPT_NAME
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".index.json", ".gguf", ".h5", ".msgpack", ".onnx")
-# Files that speak of the checkpoint, of an earlier merge, or of quantised or adapter weights that are not written.
-_LEFT = {"config.json", "fsdp_config.json", "lora_train_meta.json", "adapter_config.json", "hf_quant_config.json"}
-_LEFT.add(RECEIPT_NAME)
+# Files that speak of the checkpoint or its run, of an earlier merge, or of quantised or adapter weights that are not
+# written. A pointer to a step would make the result look like a checkpoint.
+_LEFT = {
+    "config.json", "fsdp_config.json", "lora_train_meta.json", "adapter_config.json", "hf_quant_config.json",
+    "latest", "latest_universal", "zero_to_fp32.py", "trainer_state.json", "layer_names.json",
+    "latest_checkpointed_iteration.txt", "run_config.yaml", "metadata.json", RECEIPT_NAME,
+}  # fmt: skip
 _FOLDERS = ("additional_chat_templates",)  # the only folder that transformers' tokenizers read
 
 Edits = dict[str, tuple[object, object]]

@@ -20,7 +20,7 @@ from nbmerge.engine.read import read
 from nbmerge.engine.sources import LocalFiles
 from nbmerge.expressions import Compute, Fill, walk
 from nbmerge.geometry import Box
-from nbmerge.plan import Equality
+from nbmerge.layout import Equality
 from tests.support.adapters import adapted, save_adapter_config, write_world
 from tests.support.messages import assert_says, refusal
 from tests.support.models import memory_state, save_tiny_model, write_model_world
@@ -197,7 +197,7 @@ def test_copies_that_drifted_apart_are_told_of_each_checkpoint(run: list[Path], 
     report = nbmerge.average([run[0], drifted], tmp_path / "out")
     assert [each.name for each in report.drift] == [f"w of {run[1]}"]
     untied = replace(plan, equalities=(Equality("head", a, b, kept="embedding"),))
-    message = refusal(InconsistentCheckpointError, nbmerge.average, [run[0], untied], tmp_path / "two")
+    message = refusal(PlanError, nbmerge.average, [run[0], untied], tmp_path / "two")
     assert_says(message, f"head of {run[1]} is tied to embedding")
 
 

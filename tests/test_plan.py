@@ -188,3 +188,14 @@ def test_files_that_are_not_copied_are_named(ckpt: Path, tmp_path: Path):
     assert report.plan.left_out == ("old.safetensors", "runs")
     assert report.receipt["left_out"] == ["old.safetensors", "runs"]
     assert "2 left out" in repr(report)
+
+
+def test_what_speaks_of_the_run_is_not_copied(ckpt: Path, tmp_path: Path):
+    """A Trainer's checkpoint has its config beside DeepSpeed's `latest`, with which a result looks like a checkpoint."""
+    beside = ("latest", "latest_checkpointed_iteration.txt", "trainer_state.json", "zero_to_fp32.py")
+    for name in beside:
+        (ckpt / "huggingface" / name).write_text("global_step2")
+    report = nbmerge.merge(ckpt, tmp_path / "out")
+    assert report.plan.left_out == beside
+    assert not {*beside} & {path.name for path in (tmp_path / "out").iterdir()}
+    assert nbmerge.open_checkpoint(tmp_path / "out").backend == "hf"

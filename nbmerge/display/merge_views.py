@@ -11,11 +11,11 @@ from nbmerge.display.change_views import change_tables, changes_in_words
 from nbmerge.display.checkpoint_views import dtypes_in_words, problem_alerts
 from nbmerge.display.model import ATTENTION, Alert, Cell, Column, Fact, Section, Table, View
 from nbmerge.errors import ConfigError, listing, plural
-from nbmerge.layout import Checkpoint
+from nbmerge.layout import Checkpoint, Drift
 from nbmerge.naming.lora.facts import ADAPTER_DIRECTORY
 from nbmerge.naming.model import auto_class_name
 from nbmerge.naming.notes import ZEROS
-from nbmerge.plan import Drift, MergePlan
+from nbmerge.plan import MergePlan
 from nbmerge.receipt import RECEIPT_NAME
 from nbmerge.report import MergeReport
 

@@ -47,6 +47,10 @@ def _alerts(report: PushReport) -> Iterator[Alert]:
         fix = "delete them if nobody needs them: push again with replace=True (--replace)"
         names = words.elide(listing(report.stale), words.PROSE_LIMIT)
         yield Alert(ATTENTION, f"the repository holds weights that are not of this model: {names}", (("fix", fix),))
+    if report.local_paths:
+        fix = "write the model's name on the Hub there, and push again"
+        names = words.elide(listing(report.local_paths), words.PROSE_LIMIT)
+        yield Alert(ATTENTION, f"what went up names a directory of this machine: {names}", (("fix", fix),))
 
 
 def _facts(report: PushReport) -> Iterator[Fact]:

@@ -10,7 +10,7 @@ from nbmerge.engine.sources import Sources
 from nbmerge.errors import Problem
 from nbmerge.expressions import Expr
 from nbmerge.geometry import Shape
-from nbmerge.plan import Drift, Equality
+from nbmerge.layout import Drift, Equality
 
 
 def first_difference(a: Expr, b: Expr, block_bytes: int, sources: Sources) -> Shape | None:
@@ -45,6 +45,9 @@ class Comparison:
             else:
                 self.drift.append(Drift(equality.name, equality.ranks, equality.box, at))
             return
+        if equality.master:
+            self.problems.append(_not_rounded(equality, index))
+            return
         self.problems.append(
             Problem(
                 f"{equality.name} is tied to {equality.kept}, and holds other values, first at {list(index)}",
@@ -61,5 +64,18 @@ def _unequal_copies(name: str, ranks: tuple[int, int], at: Shape) -> Problem:
         why="the files are of two saves, or training let copies drift apart that should be equal",
         fix="copy the files of all ranks again from one save; or write the lowest rank's copies all the same, and "
         "list what differs: --allow_drift",
+        kind="contradiction",
+    )
+
+
+def _not_rounded(equality: Equality, index: Shape) -> Problem:
+    offset = equality.box.offset if equality.box is not None else (0,) * len(index)
+    at = [start + i for start, i in zip(offset, index, strict=True)]
+    return Problem(
+        f"{equality.name}: the master weight does not round to the model's {equality.b.dtype} weight, first at {at}",
+        where=equality.master,
+        why="the file and the model states are of two saves, or a conversion to the universal form mixed them up",
+        fix="copy the files of all ranks again from one save; or take the model's own weights: --weights model; or "
+        "write the masters all the same: --allow_drift",
         kind="contradiction",
     )

@@ -17,7 +17,8 @@ from nbmerge.engine.events import Advanced, Ended, FileDone, Listener, Started, 
 from nbmerge.engine.pool import Pool
 from nbmerge.engine.sources import LocalFiles
 from nbmerge.errors import InconsistentCheckpointError
-from nbmerge.plan import Drift, Equality, MergePlan, OutputFile
+from nbmerge.layout import Drift, Equality
+from nbmerge.plan import MergePlan, OutputFile
 
 _log = logging.getLogger(__name__)
 PART = ".part"

@@ -11,10 +11,12 @@ from typing import Any
 from nbmerge.engine.target import is_model_file
 from nbmerge.errors import NotACheckpointError, OptionError
 from nbmerge.export.elsewhere import for_elsewhere
+from nbmerge.json_files import json_object
 from nbmerge.receipt import RECEIPT_NAME, encoded
 
 CARD = "README.md"
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt")
+_NAMES_A_MODEL = {"config.json": "_name_or_path", "adapter_config.json": "base_model_name_or_path"}
 _FOLDERS = {"lora_adapter", "chat_templates", "additional_chat_templates"}
 
 
@@ -22,13 +24,15 @@ _FOLDERS = {"lora_adapter", "chat_templates", "additional_chat_templates"}
 class Contents:
     """files: by path in the repository, with where they are; left_out: what the directory holds beside; a folder of
     which nothing belongs to a model is named once. stamps: size and time of each file when it was listed;
-    rewritten: what goes up in place of a file.
+    rewritten: what goes up in place of a file; local_paths: where configs that go up as they are name a directory of
+    this machine.
     """
 
     files: dict[str, Path]
     left_out: tuple[str, ...]
     stamps: dict[str, tuple[int, int]]
     rewritten: dict[str, bytes] = field(default_factory=dict)
+    local_paths: tuple[str, ...] = ()
 
     def sizes(self) -> dict[str, int]:
         """Bytes of each file, as the repository has it."""
@@ -79,7 +83,17 @@ def contents_of(directory: Path, receipt: dict[str, Any]) -> Contents:
         left_out.append(RECEIPT_NAME)
     elif RECEIPT_NAME in files and (cut := for_elsewhere(receipt)) != receipt:
         rewritten[RECEIPT_NAME] = encoded(cut)
-    return Contents(files, tuple(left_out), {name: _stamp(path) for name, path in files.items()}, rewritten)
+    stamps = {name: _stamp(path) for name, path in files.items()}
+    return Contents(files, tuple(left_out), stamps, rewritten, tuple(_local_paths(files)))
+
+
+def _local_paths(files: dict[str, Path]) -> Iterator[str]:
+    """`config.json: _name_or_path` for each config that says where on this machine a model lies."""
+    for name, path in files.items():
+        key = _NAMES_A_MODEL.get(name.rpartition("/")[2])
+        said = json_object(path).get(key) if key else None
+        if isinstance(said, str) and said.startswith(("/", "~", "..")):
+            yield f"{name}: {key}"
 
 
 def _stamp(path: Path) -> tuple[int, int]:

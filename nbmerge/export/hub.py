@@ -43,7 +43,8 @@ class PushReport(Displayed):
     what the commit holds; left_out: files of the directory that stayed here; card: whether README.md was `written`,
     was in the directory (`taken`), or in the repository and was left (`kept`); stale: weights in the repository that
     are not of this model, left alone; removed: those that `replace` deleted; validation: what was checked before;
-    architecture: the class that config.json names; seconds: of the upload.
+    architecture: the class that config.json names; seconds: of the upload; local_paths: where configs in the commit
+    name a directory of this machine.
     """
 
     repo_id: str
@@ -59,6 +60,7 @@ class PushReport(Displayed):
     validation: ValidationReport | None = None
     architecture: str = ""
     seconds: float = 0.0
+    local_paths: tuple[str, ...] = ()
 
 
 def push_to_hub(
@@ -119,6 +121,7 @@ def push_to_hub(
     return PushReport(
         access.repo_id, where, f"{api.endpoint}/{access.repo_id}", done.commit, done.files, done.nbytes,
         contents.left_out, done.card, done.stale, done.removed, found, architecture_of(directory), done.seconds,
+        contents.local_paths,
     )  # fmt: skip
 
 

@@ -17,6 +17,7 @@ from nbmerge.expressions import Expr, Input
 from nbmerge.geometry import Shape
 from nbmerge.layout import Absence
 from nbmerge.naming.facts import ModelFacts
+from nbmerge.naming.further_layers import further_layers
 from nbmerge.naming.inverse import inverted
 from nbmerge.naming.lora.keys import adapter_names
 from nbmerge.naming.notes import Drop, Filled, Tie, Trim
@@ -297,6 +298,7 @@ def _inputs(work: _Naming, wanted: Mapping[str, Shape]) -> dict[str, Expr]:
     inputs: dict[str, Expr] = {}
     strays: list[str] = []
     misfits: list[str] = []
+    further = further_layers(work.sources, work.facts.config)
     for name, source in work.sources.items():
         if name in wanted:
             if source.shape == wanted[name]:
@@ -307,7 +309,7 @@ def _inputs(work: _Naming, wanted: Mapping[str, Shape]) -> dict[str, Expr]:
             continue
         elif name in work.facts.buffers or _LEFTOVERS.search(name):
             work.drops.append(Drop(name, "a buffer that the model computes when it is loaded"))
-        elif name in work.given.unloaded or work.facts.is_ignored(name):
+        elif name in work.given.unloaded or name in further or work.facts.is_ignored(name):
             work.unloaded.append(name)
         else:
             strays.append(name)

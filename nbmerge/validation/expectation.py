@@ -14,15 +14,11 @@ from nbmerge.errors import NbmergeError
 from nbmerge.expressions import Input
 from nbmerge.geometry import Shape
 from nbmerge.naming.facts import ModelFacts
+from nbmerge.naming.further_layers import further_layers
 from nbmerge.validation.subject import Subject
 
 # Buffers that older transformers saved, and that transformers drops when it loads.
 _RECOMPUTED = re.compile(r"(^|\.)(rotary_emb\.inv_freq|masked_bias|attn\.bias|position_ids)$")
-
-# A layer that predicts further tokens, and what such a layer holds beside a decoder layer: deepseek-ai/DeepSeek-V3.
-_LAYER = re.compile(r"model\.(?:language_model\.)?layers\.(\d{1,9})\.")
-_FURTHER = ("eh_proj.weight", "enorm.weight", "hnorm.weight")
-_FURTHER_COUNTS = ("num_nextn_predict_layers", "num_mtp_layers")
 
 
 @dataclass(frozen=True)
@@ -101,33 +97,15 @@ class Expectation:
 def names_unloaded(subject: Subject) -> frozenset[str]:
     """Names in the files that are known, and that the class does not load: those that it ignores, and further layers.
 
-    A further layer follows the decoder's and predicts further tokens. That there is one, config.json says, or the
-    receipt of the merge; neither makes another tensor known. Empty where there is no class.
+    Empty where there is no class.
     """
     facts = subject.facts
     if isinstance(facts, NbmergeError):
         return frozenset()
     receipt = (subject.receipt or {}).get("unloaded")
-    written = {str(name) for name in receipt} if isinstance(receipt, list) else set()
-    layers: dict[str, set[str]] = {}
-    for name in subject.entries:
-        if match := _LAYER.match(name):
-            layers.setdefault(match[0], set()).add(name)
-    names = {name for name in subject.entries if facts.is_ignored(name)}
-    first = _number(facts.config, "num_hidden_layers")
-    stop = first + max(_number(facts.config, key) for key in _FURTHER_COUNTS)
-    for layer, members in layers.items():
-        number = int(layer.rstrip(".").rpartition(".")[2])
-        if 0 < first <= number and any(layer + own in members for own in _FURTHER):
-            names |= members if number < stop else members & written
-    return frozenset(names)
-
-
-def _number(config: Mapping[str, Any], key: str) -> int:
-    """A number of the config, or of its text part; 0 where neither has it."""
-    text = config.get("text_config")
-    values = [part.get(key) for part in (config, text) if isinstance(part, Mapping)]
-    return next((value for value in values if isinstance(value, int)), 0)
+    recorded = frozenset(str(name) for name in receipt) if isinstance(receipt, list) else frozenset()
+    ignored = frozenset(name for name in subject.entries if facts.is_ignored(name))
+    return ignored | further_layers(subject.entries, facts.config, recorded)
 
 
 def quantization_configs(subject: Subject) -> list[object]:

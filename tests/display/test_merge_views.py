@@ -10,10 +10,10 @@ from nbmerge.display.views import view_of
 from nbmerge.dtypes import BY_NAME
 from nbmerge.errors import Problem
 from nbmerge.geometry import Box
-from nbmerge.layout import SourceFile
+from nbmerge.layout import Drift, SourceFile
 from nbmerge.naming.notes import Drop, Filled, Tie, Trim
 from nbmerge.options import MergeOptions
-from nbmerge.plan import CastNote, Drift, OutputFile
+from nbmerge.plan import CastNote, OutputFile
 
 from .objects import checkpoint, plan, report
 

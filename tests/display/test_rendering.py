@@ -18,9 +18,9 @@ from nbmerge.display.views import view_of
 from nbmerge.dtypes import BY_NAME
 from nbmerge.errors import Problem
 from nbmerge.geometry import Box
-from nbmerge.layout import LazyTensor
+from nbmerge.layout import Drift, LazyTensor
 from nbmerge.naming.notes import Filled, Trim
-from nbmerge.plan import CastNote, Drift, MergePlan
+from nbmerge.plan import CastNote, MergePlan
 from nbmerge.report import MergeReport
 
 from .megatron_objects import rank_files, torch_dist, zarr

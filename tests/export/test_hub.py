@@ -110,6 +110,14 @@ def test_the_receipt_goes_up_without_this_machines_paths(hub: Hub, checkpoint: P
     assert nbmerge.validate(tmp_path / "again", checkpoint=[checkpoint, checkpoint], no_run=True, progress=False).ok
 
 
+def test_a_config_that_names_a_directory_of_this_machine_is_told(hub: Hub, checkpoint: Path, tmp_path: Path):
+    path = checkpoint / "huggingface" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "_name_or_path": str(tmp_path / "base")}))
+    pushed = push(hub, nbmerge.merge(checkpoint, tmp_path / "out"))
+    assert pushed.local_paths == ("config.json: _name_or_path",)
+    assert "names a directory of this machine: config.json: _name_or_path" in repr(pushed)
+
+
 @pytest.mark.parametrize(
     ("local", "public"),
     [

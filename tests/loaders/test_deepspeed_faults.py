@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+import nbmerge
 from nbmerge import (
     AmbiguousCheckpointError,
     CheckpointError,
@@ -19,16 +20,18 @@ from nbmerge import (
     InconsistentCheckpointError,
     NotACheckpointError,
     OptionError,
+    PlanError,
     UnsafePickleError,
     UnsupportedCheckpointError,
     open_checkpoint,
 )
 from nbmerge.loaders.base import OpenOptions
 from nbmerge.loaders.deepspeed import DeepSpeedLoader
-from tests.support.deepspeed import Run, deepspeed_classes, tensors_of, write_deepspeed, write_universal
+from tests.support.deepspeed import Run, deepspeed_classes, run_of, tensors_of, write_deepspeed, write_universal
 from tests.support.messages import assert_says, refusal
+from tests.support.models import memory_state
 from tests.support.pickles import Call, Global, write_archive
-from tests.support.results import bits, bits_of
+from tests.support.results import bits, bits_of, saved_bits
 
 MASTERS = tensors_of([(5, 3), (7,), (2, 3, 2)])
 
@@ -278,6 +281,44 @@ class TestFiles:
             shutil.rmtree(folder / "zero" / name)
         message = refusal(IncompleteCheckpointError, open_checkpoint, tmp_path)
         assert_says(message, "2 problems", "model.layers.0.weight/fp32.pt", "model.layers.2.weight/fp32.pt")
+
+
+class TestMastersOfAnotherSave:
+    """Files of two runs, or steps, whose shapes are the same: only the values tell."""
+
+    @pytest.fixture
+    def config(self, tiny_model_dir) -> Path:
+        return tiny_model_dir("qwen2")
+
+    @pytest.mark.parametrize("stage", [1, 2])
+    def test_an_optimizer_file_is_held_to_the_model_states(self, tmp_path: Path, stage: int, config: Path):
+        model = memory_state("qwen2")
+        folder = write_deepspeed(tmp_path / "a", run_of(model, stage=stage, world=3))
+        other = write_deepspeed(
+            tmp_path / "b", run_of({name: t + 0.5 for name, t in model.items()}, stage=stage, world=3)
+        )
+        shutil.copy(optimizer_file(other, 1), optimizer_file(folder, 1))
+        target, options = tmp_path / "out", {"hf_model_config_path": config}
+        message = refusal(PlanError, nbmerge.merge, tmp_path / "a", target, **options)
+        assert_says(message, "does not round to the model's bfloat16 weight", str(optimizer_file(folder, 1)),
+                    "two saves", "--weights model", "--allow_drift")  # fmt: skip
+        assert optimizer_file(folder, 0).name not in message and optimizer_file(folder, 2).name not in message
+        nbmerge.merge(tmp_path / "a", tmp_path / "halves", weights="model", **options)
+        nbmerge.merge(tmp_path / "a", target, allow_drift=True, **options)
+        merged = saved_bits(target)
+        assert any(merged[name] != bits(tensor) for name, tensor in model.items() if name in merged)
+
+    def test_a_universal_file_is_held_to_the_parameter_that_it_is_named_after(self, tmp_path: Path, config: Path):
+        model = memory_state("qwen2")
+        folder = write_universal(tmp_path / "run", run_of(model, stage=1))
+        first, second = (folder / "zero" / f"model.layers.{layer}.mlp.up_proj.weight" for layer in (0, 1))
+        shutil.move(first / "fp32.pt", tmp_path / "kept.pt")
+        shutil.move(second / "fp32.pt", first / "fp32.pt")
+        shutil.move(tmp_path / "kept.pt", second / "fp32.pt")
+        message = refusal(PlanError, nbmerge.merge, tmp_path / "run", tmp_path / "out", hf_model_config_path=config)
+        assert_says(
+            message, "2 problems", "model.layers.0.mlp.up_proj.weight: the master", "universal form", "first at [0, 0]"
+        )
 
 
 class TestForms:

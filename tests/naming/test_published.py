@@ -233,6 +233,23 @@ class TestWhatIsNoWeightOfTheModel:
         assert receipt_of(tmp_path / "out")["unloaded"] == list(extra)
         assert report.verification.unloaded == 1
 
+    @of_transformers_5
+    def test_a_layer_after_the_last_is_kept_where_the_config_says_that_it_predicts_further_tokens(self, tmp_path: Path):
+        state = memory_state("deepseek_v3")
+        number = 1 + max(int(name.split(".")[2]) for name in state if name.startswith("model.layers."))
+        layer = {f"model.layers.{number}.{end}": torch.randn(4, 3) for end in ("eh_proj.weight", "mlp.up_proj.weight")}
+        write_model_world(tmp_path / "ckpt", "deepseek_v3", state={**state, **layer})
+        path = tmp_path / "ckpt" / "huggingface" / "config.json"
+        config = json.loads(path.read_text())
+        path.write_text(json.dumps({**config, "num_nextn_predict_layers": 1}))
+        nbmerge.merge(tmp_path / "ckpt", tmp_path / "out")
+        assert receipt_of(tmp_path / "out")["unloaded"] == list(layer)
+        nbmerge.merge(tmp_path / "out", tmp_path / "again")  # a published directory with such a layer, cut anew
+        assert_same(saved_bits(tmp_path / "again"), saved_bits(tmp_path / "out"))
+        path.write_text(json.dumps({**config, "num_nextn_predict_layers": 0}))
+        message = refusal(PlanError, nbmerge.merge, tmp_path / "ckpt", tmp_path / "none")
+        assert_says(message, f"no rule takes model.layers.{number}.eh_proj.weight")
+
     def test_a_tensor_that_no_rule_takes_is_never_lost_silently(self, tmp_path: Path):
         state = {**memory_state("llama"), "model.layers.0.mlp.gate_projj.weight": torch.ones(2, 3)}
         write_model_world(tmp_path / "ckpt", "llama", state=state)

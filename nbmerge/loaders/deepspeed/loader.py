@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
 from nbmerge.errors import IncompleteCheckpointError, OptionError, listing, plural
-from nbmerge.layout import Absence, Checkpoint, MeshAxis, SourceFile
+from nbmerge.layout import Absence, Checkpoint, LazyTensor, MeshAxis, SourceFile
 from nbmerge.loaders.base import Loader, OpenOptions, config_directory, index_error
 from nbmerge.loaders.deepspeed.contents import Contents, master_contents, module_contents
 from nbmerge.loaders.deepspeed.directories import Found, TagFiles
 from nbmerge.loaders.deepspeed.masters import Masters, read_masters
 from nbmerge.loaders.deepspeed.pipeline import NAMES_FILE, pipeline_states, universal_names
 from nbmerge.loaders.deepspeed.refusals import check_one_step, check_ranks, refuse_forms, tensor_parallel
+from nbmerge.loaders.deepspeed.rounding import roundings
 from nbmerge.loaders.deepspeed.states import HALVES, ModelStates
 from nbmerge.loaders.deepspeed.universal import universal_masters
 from nbmerge.loaders.reading import read_files
@@ -62,6 +63,7 @@ class DeepSpeedLoader(Loader):
             evidence=self.evidence(directory),
             notes=tuple(_notes(files, taken)),
             absence=_absence(taken),
+            compared=roundings(taken.masters, taken.states.module),
         )
 
 
@@ -69,7 +71,8 @@ class DeepSpeedLoader(Loader):
 class _Taken:
     """Which weights are taken, the tensors, over how many ranks they lie, and the stage, as far as files say it.
 
-    states: of the first rank; of a pipeline those of all layers.
+    states: of the first rank; of a pipeline those of all layers; masters: where they are taken, without what the
+    optimizer does not have.
     """
 
     weights: str
@@ -77,6 +80,7 @@ class _Taken:
     contents: Contents
     ranks: int
     stage: int | None
+    masters: Mapping[str, LazyTensor] = field(default_factory=dict)
 
 
 def _model_states(files: TagFiles, options: OpenOptions) -> tuple[ModelStates, ...]:
@@ -124,7 +128,7 @@ def _taken(files: TagFiles, states: Sequence[ModelStates], options: OpenOptions)
     contents = master_contents(masters.tensors, states, masters.ranks)
     contents.remarks += masters.remarks
     contents.problems[:0] = masters.problems
-    return _Taken(MASTER, states[0], contents, masters.ranks, stage)
+    return _Taken(MASTER, states[0], contents, masters.ranks, stage, masters.tensors)
 
 
 def _chosen(files: TagFiles, states: ModelStates, wanted: str | None) -> str:
