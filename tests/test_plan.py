@@ -191,7 +191,7 @@ def test_files_that_are_not_copied_are_named(ckpt: Path, tmp_path: Path):
 
 
 def test_what_speaks_of_the_run_is_not_copied(ckpt: Path, tmp_path: Path):
-    """A Trainer's checkpoint has its config beside DeepSpeed's `latest`, with which a result looks like a checkpoint."""
+    """A Trainer keeps its config beside DeepSpeed's `latest`, with which a result would look like a checkpoint."""
     beside = ("latest", "latest_checkpointed_iteration.txt", "trainer_state.json", "zero_to_fp32.py")
     for name in beside:
         (ckpt / "huggingface" / name).write_text("global_step2")
