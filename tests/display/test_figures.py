@@ -62,6 +62,16 @@ def test_a_diff_is_a_heat_map_or_two_histograms() -> None:
     assert sum(bar.get_height() for bar in ulps.patches) == sum(shown.statistics.ulps)
 
 
+def test_steps_are_named_by_what_tells_them_apart() -> None:
+    def labels(*paths: str) -> list[str]:
+        made = Trajectory("start", tuple(Step(path, diff(), {}) for path in paths)).plot()
+        return [tick.get_text() for tick in made.axes[-1].get_xticklabels()]
+
+    assert labels("global_step_1/actor", "global_step_2/actor") == ["global_step_1", "global_step_2"]
+    assert labels("global_step_1/actor") == ["global_step_1/actor"]
+    assert labels("run/10", "run/20") == ["10", "20"]
+
+
 def test_a_trajectory_is_three_lines() -> None:
     steps = Trajectory("run/0", (Step("run/10", diff(), {}), Step("run/20", diff(), {})))
     lines = [axes.lines[0] for axes in steps.plot().axes]

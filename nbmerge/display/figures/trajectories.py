@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from pathlib import PurePath
 
-from nbmerge.comparing.trajectory import Trajectory
+from nbmerge.comparing.sentence import percent
+from nbmerge.comparing.trajectory import Step, Trajectory
 from nbmerge.display.figures.canvas import HUES, Picture, picture, ticks
 from nbmerge.display.words import path_label
 
@@ -27,8 +30,18 @@ def steps(trajectory: Trajectory) -> Picture:
         panel.set_ylabel(name)
         panel.set_xlim(-0.5, len(found) - 0.5)
         panel.set_xticks(range(0, len(found), every), labels=[])
+    for panel in panels[:2]:
+        panel.set_ylim(bottom=0)
+    panels[1].yaxis.set_major_formatter(lambda value, _: percent(value) if value else "0")
     panels[2].set_ylim(-1.05, 1.05)
     panels[2].axhline(0, linewidth=0.8, color="gray")
-    ticks(panels[2].xaxis, range(0, len(found), every), [path_label(step.label) for step in found[::every]],
-          rotation=30, ha="right")  # fmt: skip
+    ticks(panels[2].xaxis, range(0, len(found), every), _labels(found[::every]), rotation=30, ha="right")
     return made
+
+
+def _labels(steps: Sequence[Step]) -> list[str]:
+    """What tells the steps apart: their last component goes where all have the same."""
+    paths = [PurePath(step.label) for step in steps]
+    if len({path.name for path in paths}) == 1 and len({path.parent.name for path in paths} - {""}) == len(paths) > 1:
+        paths = [path.parent for path in paths]
+    return [path_label(str(path)) for path in paths]
