@@ -199,7 +199,8 @@ class Checkpoint(Displayed, Explored, Plotted):
     averaged: of an average, where each checkpoint lies that it is the mean of, with its weight;
     compared: what else must be equal when it is merged: copies and ties of the checkpoints that it is the mean of;
     absence: why tensors may be missing, where saving can leave some out;
-    whole: whether its files hold whole tensors, so that they tell nothing of ranks.
+    whole: whether its files hold whole tensors, so that they tell nothing of ranks;
+    is_adapter: whether it is the directory of an adapter alone, which peft loads on top of a base model.
     """
 
     path: Path
@@ -223,6 +224,7 @@ class Checkpoint(Displayed, Explored, Plotted):
     problems: tuple[Problem, ...] = ()
     absence: Absence | None = None
     whole: bool = False
+    is_adapter: bool = False
 
     @property
     def nbytes(self) -> int:

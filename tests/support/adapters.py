@@ -89,3 +89,28 @@ def save_adapter_config(made: Adapted, directory: Path) -> Path:
     """adapter_config.json as peft writes it, without the weights."""
     made.model.peft_config["default"].save_pretrained(directory)
     return directory
+
+
+def write_directory(directory: Path, made: Adapted, **options: Any) -> Path:
+    """The directory that peft writes of the adapter alone. options: of `PeftModel.save_pretrained`."""
+    made.model.save_pretrained(directory, **options)
+    return directory
+
+
+@dataclass
+class Loaded:
+    """What peft makes of a base model's directory and an adapter's. logits: with the adapter, before it is merged."""
+
+    merged: dict[str, Bits]
+    logits: torch.Tensor
+    is_tied: bool
+
+
+def loaded_by_peft(family: str, base: Path, adapter: Path) -> Loaded:
+    """`PeftModel.from_pretrained` and `merge_and_unload`, saved as transformers saves it."""
+    from peft import PeftModel
+
+    model = PeftModel.from_pretrained(type(tiny_model(family)).from_pretrained(base, dtype="auto"), adapter).eval()
+    made = Adapted(family, model)
+    logits, whole = made.logits(), model.merge_and_unload()
+    return Loaded(made._saved(whole), logits, bool(whole.config.tie_word_embeddings))

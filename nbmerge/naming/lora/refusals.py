@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Sequence
+from pathlib import Path
 
+from nbmerge.adapter_files import adapter_weights
 from nbmerge.errors import Problem, listing, plural
 from nbmerge.naming.facts import ModelFacts
+from nbmerge.naming.lora.facts import ADAPTER_DIRECTORY
 from nbmerge.naming.lora.keys import DEFAULT, Adapted, adapter_names
-from nbmerge.naming.lora.layers import Fitted
 from nbmerge.naming.lora.settings import Settings
 
 _FOLD_IT = "fold the adapter in the training job (peft's merge_and_unload) and save again"
 
 
-def no_adapter(mode: str | None) -> Problem:
-    """A mode was chosen, and there is no adapter."""
+def no_adapter(mode: str | None, directory: Path) -> Problem:
+    """A mode was chosen, and there is no adapter among the checkpoint's tensors. directory: the checkpoint's."""
+    if adapter_weights(beside := directory / ADAPTER_DIRECTORY) is not None:
+        return Problem(
+            f"lora={mode!r}, and the adapter lies beside the model in {ADAPTER_DIRECTORY}/", where=str(directory),
+            why="the two were split, and are given as adapter and base model",
+            fix=f"pass the adapter with its base model: {beside} --base_model {directory}",
+        )  # fmt: skip
     return Problem(
         f"lora={mode!r}, and the checkpoint holds no LoRA tensors",
         why="it holds full weights, or the adapter was folded before it was saved",
@@ -22,12 +30,12 @@ def no_adapter(mode: str | None) -> Problem:
     )
 
 
-def unreadable(parts: Adapted, mode: str | None) -> list[Problem]:
+def unreadable(parts: Adapted, mode: str | None, directory: Path) -> list[Problem]:
     """Why no adapter can be taken from the checkpoint."""
     if found := _unread_names(parts):
         return found
     if not parts.adapters:
-        return [no_adapter(mode)]
+        return [no_adapter(mode, directory)]
     if DEFAULT not in parts.adapters and len(parts.adapters) > 1:
         return [
             Problem(
@@ -113,11 +121,16 @@ def of_another_kind(settings: Settings) -> list[Problem]:
 
 
 def lacking(
-    wanted: Sequence[str], held: Collection[str], base: Collection[str], directory: str | None, settings: Settings
+    wanted: Sequence[str],
+    held: Collection[str],
+    base: Collection[str],
+    directory: str | None,
+    settings: Settings,
+    base_fix: str,
 ) -> list[Problem]:
     """Weights that are adapted and not here. wanted: their names; held, base: what checkpoint and base model hold.
 
-    directory: the base model's; None without one.
+    directory: the base model's; None without one; base_fix: what to pass for one.
     """
     absent = [name for name in wanted if name not in held]
     if absent and settings.changed_base:
@@ -140,7 +153,7 @@ def lacking(
                 f"the base model's directory holds an adapter: {listing(names)}",
                 where=directory,
                 why="an adapter is a change to a model, and no model",
-                fix="pass the model that training started from: --base_model DIR",
+                fix=base_fix,
             )
         ]
     return [
@@ -148,8 +161,7 @@ def lacking(
             f"the weights of {plural(len(absent), 'adapted layer')} are not here: {listing(absent)}",
             where=directory or "",
             why="the checkpoint holds the adapter alone" if directory is None else "the base model is another one",
-            fix="pass the model that training started from: --base_model DIR"
-            + ("; or write the adapter alone: --lora adapter" if directory is None else ""),
+            fix=base_fix + ("; or write the adapter alone: --lora adapter" if directory is None else ""),
             kind="missing",
         )
     ]
@@ -172,19 +184,4 @@ def of_another_family(
             fix="pass the model that training started from: --base_model DIR",
             kind="contradiction",
         )
-    ]
-
-
-def tied(fitted: Iterable[Fitted], ties: Mapping[str, str]) -> list[Problem]:
-    """Weights that cannot be folded because another name stands for them too. ties: name → the one that is kept."""
-    pairs = {name: other for alias, kept in ties.items() for name, other in ((alias, kept), (kept, alias))}
-    return [
-        Problem(
-            f"{each.weight} is adapted, and tied to {pairs[each.weight]}",
-            why="folded, both would change, and only one of them was trained with the adapter",
-            fix='set "tie_word_embeddings": false in config.json, or split: --lora split',
-            kind="contradiction",
-        )
-        for each in fitted
-        if each.weight in pairs
     ]
