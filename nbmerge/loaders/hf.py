@@ -1,7 +1,7 @@
 """Hugging Face directories: `model.safetensors` or `pytorch_model.bin`, sharded with an index or not.
 
-Accelerate's whole `pytorch_model_fsdp.bin` too, and where there is no model, a LoRA adapter as peft writes it. The order
-is that in which `PreTrainedModel.from_pretrained` looks.
+Accelerate's whole `pytorch_model_fsdp.bin` too, and where there is no model, a LoRA adapter as peft writes it. The
+order is that in which `PreTrainedModel.from_pretrained` looks.
 """
 
 from __future__ import annotations

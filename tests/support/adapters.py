@@ -97,20 +97,9 @@ def write_directory(directory: Path, made: Adapted, **options: Any) -> Path:
     return directory
 
 
-@dataclass
-class Loaded:
-    """What peft makes of a base model's directory and an adapter's. logits: with the adapter, before it is merged."""
-
-    merged: dict[str, Bits]
-    logits: torch.Tensor
-    is_tied: bool
-
-
-def loaded_by_peft(family: str, base: Path, adapter: Path) -> Loaded:
-    """`PeftModel.from_pretrained` and `merge_and_unload`, saved as transformers saves it."""
+def loaded_by_peft(family: str, base: Path, adapter: Path) -> Adapted:
+    """What peft makes of a base model's directory and an adapter's."""
     from peft import PeftModel
 
-    model = PeftModel.from_pretrained(type(tiny_model(family)).from_pretrained(base, dtype="auto"), adapter).eval()
-    made = Adapted(family, model)
-    logits, whole = made.logits(), model.merge_and_unload()
-    return Loaded(made._saved(whole), logits, bool(whole.config.tie_word_embeddings))
+    model = PeftModel.from_pretrained(type(tiny_model(family)).from_pretrained(base, dtype="auto"), adapter)
+    return Adapted(family, model.eval())

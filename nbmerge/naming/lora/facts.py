@@ -18,7 +18,7 @@ class LoraFacts:
     r, alpha, scale: of most modules; ranks, alphas: those of modules with others; saved: modules that were trained
     whole; origins: where alpha, r and the rest were known from; precision: of a fold; untied: tensors that a fold
     writes apart from those that config.json ties them to; also_changed: tensors that are tied to adapted ones, and
-    change with them.
+    change with them; trained_on: the base model that the adapter's file names, where one of another name was given.
     """
 
     mode: str
@@ -37,6 +37,7 @@ class LoraFacts:
     origins: Mapping[str, str] = field(default_factory=dict)
     untied: tuple[str, ...] = ()
     also_changed: tuple[str, ...] = ()
+    trained_on: str = ""
 
     @property
     def sentence(self) -> str:
@@ -50,7 +51,7 @@ class LoraFacts:
         others = " for most" if self.ranks or self.alphas else ""
         return (
             f"{kind} of {self.layers:,} {'layer' if self.layers == 1 else 'layers'} {done}: "
-            f"r {self.r}, alpha {self.alpha:g}, scale {self.scale:.4g}{others}{self._of_ties}"
+            f"r {self.r}, alpha {self.alpha:g}, scale {self.scale:.4g}{others}{self._of_ties}{self._of_base}"
         )
 
     @property
@@ -61,6 +62,10 @@ class LoraFacts:
             found += f"; {listing(self.also_changed)}, tied to what is adapted, changed with it, as in peft's merge"
         return found
 
+    @property
+    def _of_base(self) -> str:
+        return f"; its file names another base model, {self.trained_on}" if self.trained_on else ""
+
     def as_record(self) -> dict[str, object]:
         """For the receipt."""
         return {
@@ -70,5 +75,6 @@ class LoraFacts:
             **({"precision": self.precision} if self.precision else {}),
             **({"untied": list(self.untied)} if self.untied else {}),
             **({"also_changed": list(self.also_changed)} if self.also_changed else {}),
+            **({"trained_on": self.trained_on} if self.trained_on else {}),
             "peft": self.peft, "known_from": dict(self.origins),
         }  # fmt: skip

@@ -15,6 +15,29 @@ from nbmerge.naming.lora.settings import Settings
 _FOLD_IT = "fold the adapter in the training job (peft's merge_and_unload) and save again"
 
 
+def of_no_lora(names: Collection[str], directory: Path) -> Problem:
+    """An adapter's directory without any tensor of LoRA."""
+    return Problem(
+        f"the adapter holds no LoRA tensors: {listing(names)}", where=str(directory),
+        why="it is of another method, whose update is not scale * B @ A, or a part of it is lost", fix=_FOLD_IT,
+        kind="unsupported",
+    )  # fmt: skip
+
+
+def strangers(names: Sequence[str], facts: ModelFacts) -> list[Problem]:
+    """Tensors in an adapter's directory that are no part of it, and no tensor of the model."""
+    if not names:
+        return []
+    return [
+        Problem(
+            f"{plural(len(names), 'tensor')} in the adapter that {facts.class_name} does not have: {listing(names)}",
+            why="config.json, or the base model, is of another model; or the file was made by other means than peft",
+            fix="pass the model that training started from: --base_model DIR",
+            kind="contradiction",
+        )
+    ]
+
+
 def no_adapter(mode: str | None, directory: Path) -> Problem:
     """A mode was chosen, and there is no adapter among the checkpoint's tensors. directory: the checkpoint's."""
     if adapter_weights(beside := directory / ADAPTER_DIRECTORY) is not None:
@@ -30,12 +53,12 @@ def no_adapter(mode: str | None, directory: Path) -> Problem:
     )
 
 
-def unreadable(parts: Adapted, mode: str | None, directory: Path) -> list[Problem]:
-    """Why no adapter can be taken from the checkpoint."""
+def unreadable(parts: Adapted, mode: str | None, directory: Path, *, is_alone: bool) -> list[Problem]:
+    """Why no adapter can be taken from the checkpoint. is_alone: whether it is the directory of an adapter."""
     if found := _unread_names(parts):
         return found
     if not parts.adapters:
-        return [no_adapter(mode, directory)]
+        return [of_no_lora(parts.model, directory) if is_alone else no_adapter(mode, directory)]
     if DEFAULT not in parts.adapters and len(parts.adapters) > 1:
         return [
             Problem(
@@ -171,17 +194,22 @@ def of_another_family(
     published: Collection[str], held: Collection[str], base: Collection[str], facts: ModelFacts, directory: str
 ) -> list[Problem]:
     """Tensors of the model that its modules in the base model do not have. published: those that the model needs."""
-    modules = {name.rpartition(".")[0] for name in base}
-    lacking = [name for name in published if name not in base and name not in held]
-    absent = [name for name in lacking if name.rpartition(".")[0] in modules]
-    if not absent:
-        return []
+
+    def at_shared_modules(names: Collection[str], others: Collection[str]) -> list[str]:
+        modules = {name.rpartition(".")[0] for name in others}
+        return [name for name in names if name.rpartition(".")[0] in modules]
+
+    lacks = at_shared_modules([name for name in published if name not in base and name not in held], base)
+    known = {*facts.memory, *facts.published, *facts.tied_on_hub}
+    beyond = at_shared_modules([name for name in base if name not in known and not facts.is_ignored(name)], published)
     return [
         Problem(
-            f"the base model lacks {plural(len(absent), 'tensor')} of {facts.class_name}: {listing(absent)}",
+            f"the base model {says} {plural(len(absent), 'tensor')} {of}{facts.class_name}: {listing(absent)}",
             where=directory,
             why="it is of another family than the config of the run",
             fix="pass the model that training started from: --base_model DIR",
             kind="contradiction",
         )
+        for absent, says, of in ((lacks, "lacks", "of "), (beyond, "has", "beyond those of "))
+        if absent
     ]

@@ -68,16 +68,15 @@ def separated(
     olds, collisions = stripped_names(tensors, known)
     parts = take_apart({new: tensors[old] for new, old in olds.items()}, known)
     settings = read_settings(_places(checkpoint), options.lora_config, options.lora_alpha)
-    if problems := [*collisions, *refusals.unreadable(parts, options.lora, checkpoint.path)]:
-        is_other = checkpoint.is_adapter and not parts.adapters and settings.problems and not settings.values
-        return Separated(problems=settings.problems if is_other else tuple(problems))
+    lone = checkpoint.path if checkpoint.is_adapter else None
+    if problems := [*collisions, *refusals.unreadable(parts, options.lora, checkpoint.path, is_alone=lone is not None)]:
+        others = [problem for problem in settings.problems if lone is not None and problem.kind == "unsupported"]
+        return Separated(problems=tuple(others or problems))
     adapter = DEFAULT if DEFAULT in parts.adapters else parts.adapters[0]
-    is_alone = checkpoint.is_adapter or not parts.holds_model(adapter)
+    is_alone = lone is not None or not parts.holds_model(adapter)
     if is_alone:
-        settings = _take_trained(parts, adapter, settings, facts, is_loaded=checkpoint.is_adapter)
-    work = _Work(
-        parts, adapter, settings, facts, options, base, is_alone, checkpoint.path if checkpoint.is_adapter else None
-    )
+        settings = _take_trained(parts, adapter, settings, facts, is_loaded=lone is not None)
+    work = _Work(parts, adapter, settings, facts, options, base, is_alone, lone)
     fitted, problems = fit(work.layers.values(), settings, facts, work.shape_of)
     problems = [*settings.problems, *problems, *work.problems(fitted)]
     is_untied = options.lora == "fold" and bool(work.ties.untied)
@@ -169,6 +168,9 @@ class _Work:
         """What forbids the mode that was asked for."""
         if found := refusals.of_another_kind(self.settings):
             return found
+        if self.directory is not None:
+            known = {*self.facts.memory, *self.facts.published, *self.facts.tied_on_hub}
+            found += refusals.strangers([name for name in (*self.held, *self.saved) if name not in known], self.facts)
         if self.is_alone:
             found += refusals.layers_lost(self._lost(), self.settings)
         if self.options.lora == "adapter":
@@ -197,7 +199,8 @@ class _Work:
         precision = self.options.fold_precision
         model = {**self.held, **self._as_loaded(self.saved)}
         changed: dict[str, Expr] = {}
-        for each in fitted:
+        order = {name: number for number, name in enumerate(self.facts.memory)}  # as peft merges: two may be tied
+        for each in sorted(fitted, key=lambda each: order.get(each.weight, len(order))):
             name = self.ties.kept(each.weight)
             held, a, b = changed.get(name, self.weight(name)), self._loaded(each.layer.a), self._loaded(each.layer.b)
             if held is None or a is None or b is None:
@@ -292,6 +295,11 @@ class _Work:
             dropped += [Drop(name, "its module was trained whole, and replaces it") for name in replaced]
         return dropped
 
+    def _other_base(self) -> str:
+        """The base model that the adapter's file names, where another was given."""
+        named, given = self.settings.values.get("base_model_name_or_path") or "", self.options.base_model
+        return named if named and given and _last_part(named) != _last_part(given) else ""
+
     def summary(self, fitted: Sequence[Fitted]) -> LoraFacts:
         """What plan and receipt tell."""
         kinds = [each.kind for each in fitted]
@@ -309,10 +317,16 @@ class _Work:
             use_rslora=self.settings.use_rslora, use_dora=any(kind.use_dora for kind in kinds),
             saved=tuple(self._saved_modules()), peft=_peft_version(),
             precision=self.options.fold_precision if self.options.lora == "fold" else "",
+            trained_on=self._other_base(),
             untied=tuple(sorted(self.ties.untied)) if self.options.lora == "fold" else (),
             also_changed=tuple(self.ties.also_changed(fitted)) if self.options.lora == "fold" else (),
             origins={"r": "the tensors", "use_rslora": "peft's default: nothing says otherwise", **told},
         )  # fmt: skip
+
+
+def _last_part(name: str) -> str:
+    """Of a model's path or name on the Hub, what two are compared by."""
+    return name.rstrip("/").rpartition("/")[2].lower()
 
 
 def _take_trained(parts: Adapted, adapter: str, settings: Settings, facts: ModelFacts, *, is_loaded: bool) -> Settings:
