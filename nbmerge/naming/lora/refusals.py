@@ -193,7 +193,10 @@ def lacking(
 def of_another_family(
     published: Collection[str], held: Collection[str], base: Collection[str], facts: ModelFacts, directory: str
 ) -> list[Problem]:
-    """Tensors of the model that its modules in the base model do not have. published: those that the model needs."""
+    """Tensors that a module has in the model and not in the base model, or the other way round.
+
+    published: those that the model needs; held: those that the checkpoint holds.
+    """
 
     def at_shared_modules(names: Collection[str], others: Collection[str]) -> list[str]:
         modules = {name.rpartition(".")[0] for name in others}
