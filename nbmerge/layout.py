@@ -200,7 +200,8 @@ class Checkpoint(Displayed, Explored, Plotted):
     compared: what else must be equal when it is merged: copies and ties of the checkpoints that it is the mean of;
     absence: why tensors may be missing, where saving can leave some out;
     whole: whether its files hold whole tensors, so that they tell nothing of ranks;
-    is_adapter: whether it is the directory of an adapter alone, which peft loads on top of a base model.
+    is_adapter: whether it is the directory of an adapter alone, which peft loads on top of a base model;
+    is_untied: whether it holds head and embedding apart, whatever config.json says.
     """
 
     path: Path
@@ -225,6 +226,7 @@ class Checkpoint(Displayed, Explored, Plotted):
     absence: Absence | None = None
     whole: bool = False
     is_adapter: bool = False
+    is_untied: bool = False
 
     @property
     def nbytes(self) -> int:

@@ -112,7 +112,7 @@ def make_plan_of(checkpoint: Checkpoint | PathLike, options: MergeOptions, progr
         config_dir,
         trust_remote_code=options.trust_remote_code,
         is_value_model=options.is_value_model,
-        tie_word_embedding=options.tie_word_embedding or None,
+        tie_word_embedding=options.tie_word_embedding or (False if checkpoint.is_untied else None),
     )
     return make_plan(checkpoint, model, options)
 

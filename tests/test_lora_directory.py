@@ -59,6 +59,27 @@ def test_adapters_of_fused_experts(tmp_path: Path, family: str):
     assert_same(saved_bits(folded(tmp_path, base, adapter)), loaded_by_peft(family, base, adapter).folded())
 
 
+@pytest.mark.skipif(not HAS_CONVERSIONS, reason="experts are fused in memory from transformers 5 on")
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_adapters_of_single_experts_are_folded_as_peft_does_into_fused_ones(tmp_path: Path, family: str):
+    """As transformers 4 trained them: peft turns them into adapters of the fused parameters."""
+    base = save_tiny_model(family, tmp_path / "base", "bfloat16")
+    experts = {name: each for name, each in load_file(base / "model.safetensors").items() if ".experts." in name}
+    torch.manual_seed(5)
+    parts = {
+        f"base_model.model.{name.removesuffix('weight')}lora_{part}.weight": torch.randn(shape) / 4
+        for name, each in experts.items()
+        for part, shape in (("A", (2, each.shape[1])), ("B", (each.shape[0], 2)))
+    }
+    (tmp_path / "adapter").mkdir()
+    save_file(parts, tmp_path / "adapter" / "adapter_model.safetensors")
+    targets = sorted({name.split(".")[-2] for name in experts})
+    content = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": targets, "task_type": "CAUSAL_LM"}
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(content))
+    want = loaded_by_peft(family, base, tmp_path / "adapter").folded()
+    assert_same(saved_bits(folded(tmp_path, base, tmp_path / "adapter")), want)
+
+
 def test_a_pickled_adapter(tmp_path: Path):
     made = adapted(dtype="bfloat16")
     base = save_tiny_model("qwen2", tmp_path / "base", "bfloat16")

@@ -14,7 +14,7 @@ import nbmerge
 from tests.support.adapters import Adapted, adapted, loaded_by_peft, save_adapter_config, write_directory, write_world
 from tests.support.messages import assert_says, refusal
 from tests.support.models import save_tiny_model, tiny_model
-from tests.support.results import assert_same, receipt_of, saved_bits
+from tests.support.results import assert_same, bits, receipt_of, saved_bits
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 Q = ["q_proj"]
@@ -130,3 +130,24 @@ def test_originals_that_drifted_apart_are_refused(tmp_path: Path):
     write_world(tmp_path / "ckpt", made, state)
     message = refusal(nbmerge.PlanError, nbmerge.merge, tmp_path / "ckpt", tmp_path / "x", lora="fold", lora_alpha=5)
     assert_says(message, f"{HEAD} is tied to {EMBEDDING}, and holds other values")
+
+
+@pytest.mark.parametrize("kind", ["embedding_saved", "head_saved"])
+def test_a_vision_model_whose_language_part_has_ties_of_its_own(tmp_path: Path, kind: str):
+    base = save_tiny_model("qwen3_vl", tmp_path / "base", "bfloat16")
+    adapter = write_directory(tmp_path / "adapter", tied(kind, family="qwen3_vl"))
+    nbmerge.merge(adapter, tmp_path / "out", lora="fold", base_model=base)
+    want = loaded_by_peft("qwen3_vl", base, adapter).folded()
+    assert_same(saved_bits(tmp_path / "out"), want)
+    model = type(tiny_model("qwen3_vl")).from_pretrained(tmp_path / "out", dtype="auto")
+    head, embedding = model.get_output_embeddings().weight, model.get_input_embeddings().weight
+    assert not is_tied(tmp_path / "out") and not torch.equal(head, embedding)
+    assert bits(head) == want[HEAD]
+
+
+def test_the_mean_of_what_came_apart(tmp_path: Path):
+    base = save_tiny_model("qwen2_tied", tmp_path / "base", "bfloat16")
+    adapter = write_directory(tmp_path / "adapter", tied("head_saved"))
+    nbmerge.average([adapter, adapter], tmp_path / "mean", lora="fold", base_model=base)
+    assert_is_peft_s(tmp_path / "mean", loaded_by_peft("qwen2_tied", base, adapter).folded(), "head_saved")
+    assert nbmerge.validate(tmp_path / "mean", checkpoint=[adapter, adapter]).ok

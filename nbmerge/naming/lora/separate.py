@@ -12,7 +12,7 @@ from nbmerge import expressions as ex
 from nbmerge.adapter_files import base_fix
 from nbmerge.dtypes import BY_NAME
 from nbmerge.errors import Problem
-from nbmerge.expressions import Expr
+from nbmerge.expressions import Expr, Input
 from nbmerge.geometry import Shape
 from nbmerge.layout import Checkpoint
 from nbmerge.naming.facts import ModelFacts
@@ -20,7 +20,7 @@ from nbmerge.naming.inverse import inverted
 from nbmerge.naming.lora import refusals
 from nbmerge.naming.lora.config import adapter_config, most_common_rank, selected_modules
 from nbmerge.naming.lora.facts import LoraFacts
-from nbmerge.naming.lora.fold import folded, folded_bias, folded_experts
+from nbmerge.naming.lora.fold import Kind, folded, folded_bias, folded_experts
 from nbmerge.naming.lora.keys import (
     DEFAULT,
     MODEL_PREFIX,
@@ -209,7 +209,7 @@ class _Work:
                 changed[name] = folded_experts(each.kind, held, a, b, precision=precision)
             else:
                 magnitude = self._loaded(each.layer.magnitude)
-                changed[name] = folded(each.kind, held, a, b, magnitude, precision=precision)
+                changed[name] = folded(self._kind(each), held, a, b, magnitude, precision=precision)
             name = f"{each.layer.plain}.bias"
             added = self._loaded(each.layer.bias)
             if added is not None and (bias := self.weight(name)) is not None:
@@ -217,6 +217,12 @@ class _Work:
         model |= changed
         self.ties.settle(model, changed, self.weight)
         return model
+
+    def _kind(self, each: Fitted) -> Kind:
+        """How it is folded: on loading, peft adapts the fused parameter in place of the single experts in it."""
+        rule = self.facts.published.get(each.weight)
+        is_part = self.directory is not None and rule is not None and not isinstance(rule, Input)
+        return replace(each.kind, layer="parameter") if is_part and each.kind.layer == "linear" else each.kind
 
     def _loaded(self, part: Expr | None) -> Expr | None:
         """A part of the adapter as it is folded: peft widens those of 16 bits when it loads a directory."""
