@@ -269,6 +269,13 @@ class TestOthers:
         assert_same(saved_bits(tmp_path / "made"), loaded_by_peft("qwen2", *pair).folded())
         assert main([*map(str, words), "--lora", "fold"]) == 1
 
+    def test_a_tokenizer_beside_it_is_left_alone_and_told(self, pair: tuple[Path, Path]):
+        assert nbmerge.open_checkpoint(pair[1]).notes == ()
+        (pair[1] / "tokenizer.json").write_text("{}")
+        assert nbmerge.open_checkpoint(pair[1]).notes == (
+            "left alone, as the base model's are written: tokenizer.json",
+        )
+
     def test_a_run_of_adapters_is_told_with_its_steps(self, pair: tuple[Path, Path], tmp_path: Path):
         run = tmp_path / "run"
         for step in (100, 200):
