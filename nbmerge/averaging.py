@@ -75,6 +75,7 @@ def average_of(
         averaged=tuple(zip(labels, shares, strict=True)),
         compared=tuple(each for plan, share in zip(plans, shares, strict=True) if share for each in _compared(plan)),
         whole=True,
+        is_untied=any(plan.is_untied for plan in plans),
     )
 
 

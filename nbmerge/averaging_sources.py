@@ -8,6 +8,7 @@ from dataclasses import fields, replace
 from itertools import chain
 from typing import Any
 
+from nbmerge.adapter_files import base_fix
 from nbmerge.engine.comparison import first_difference
 from nbmerge.engine.sources import LocalFiles
 from nbmerge.errors import ConfigError, InconsistentCheckpointError, OptionError, PlanError, Problem, listing
@@ -16,7 +17,7 @@ from nbmerge.loaders import votes
 from nbmerge.loaders.hf import adapters, holds_whole_tensors
 from nbmerge.naming.adapted import holds_adapter
 from nbmerge.naming.lora.facts import ADAPTER_DIRECTORY
-from nbmerge.opening import make_plan_of, merge_options, open_checkpoint
+from nbmerge.opening import base_config_dir, make_plan_of, merge_options, open_checkpoint
 from nbmerge.options import ADAPTER_OPTIONS, OPEN_ONLY, OPEN_OPTIONS, MergeOptions, expanded_path
 from nbmerge.plan import MergePlan
 from nbmerge.report import MergeReport
@@ -40,17 +41,21 @@ def plans_of(sources: Sequence[Source], options: Mapping[str, Any], progress: bo
     options: keywords of `nbmerge.merge`. Raises OptionError, ConfigError where none has a config, PlanError with what
     is wrong with any, and what opening raises.
     """
-    given = merge_options(options).given()
+    asked = merge_options(options)
+    given = asked.given()
     _refuse_two_models(given)
     of_sources = {name: value for name, value in given.items() if name in _OF_SOURCES}
     opened = [_opened(source, of_sources, progress) for source in sources]
     _refuse_averages(opened)
     found = (each.config_dir for each in opened if each.config_dir)
-    config = of_sources.get("hf_model_config_path") or next(found, None)
+    adapters_alone = [each for each in opened if isinstance(each, Checkpoint) and each.is_adapter]
+    config = asked.hf_model_config_path or next(found, None)
+    config = config or (base_config_dir(asked.base_model) if adapters_alone else None)
     if config is None:
         raise ConfigError(
             "none of the checkpoints has a config.json", where=listing(_path(each) for each in opened),
-            fix="pass the directory of the model's config and tokenizer: --hf_model_config_path DIR",
+            fix=base_fix(adapters_alone[0].path) if adapters_alone
+            else "pass the directory of the model's config and tokenizer: --hf_model_config_path DIR",
         )  # fmt: skip
     for number, (source, each) in enumerate(zip(sources, opened, strict=True)):
         if each.config_dir is None and isinstance(source, (str, os.PathLike)):  # its loader may ask the model's shapes
@@ -127,6 +132,8 @@ def _adapter_beside(plan: MergePlan) -> Iterator[Problem]:
     """An adapter that goes with the weights and is not in them: a mean would lose it."""
     path = plan.checkpoint.path
     beside = (path / ADAPTER_DIRECTORY / "adapter_config.json").is_file() or bool(adapters(path))
+    if plan.checkpoint.is_adapter:  # folded into its base model, or refused
+        return
     if plan.adapter_files or (plan.checkpoint.backend == "hf" and beside):
         yield Problem(
             "an adapter lies beside the weights, and the mean would leave it out", where=str(path),

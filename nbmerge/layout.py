@@ -238,7 +238,9 @@ class Checkpoint(Displayed, Explored, Plotted):
     compared: what else must be equal when it is merged: masters and 16-bit weights; of an average, what merges of its
     checkpoints would compare;
     absence: why tensors may be missing, where saving can leave some out;
-    whole: whether its files hold whole tensors, so that they tell nothing of ranks.
+    whole: whether its files hold whole tensors, so that they tell nothing of ranks;
+    is_adapter: whether it is the directory of an adapter alone, which peft loads on top of a base model;
+    is_untied: whether it holds head and embedding apart, whatever config.json says.
     """
 
     path: Path
@@ -262,6 +264,8 @@ class Checkpoint(Displayed, Explored, Plotted):
     problems: tuple[Problem, ...] = ()
     absence: Absence | None = None
     whole: bool = False
+    is_adapter: bool = False
+    is_untied: bool = False
 
     @property
     def nbytes(self) -> int:

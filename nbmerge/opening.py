@@ -10,11 +10,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from nbmerge.adapter_files import base_fix
 from nbmerge.engine.events import Listener
 from nbmerge.errors import ConfigError, OptionError
 from nbmerge.layout import Checkpoint
 from nbmerge.loaders import open_checkpoint_directory
 from nbmerge.loaders.base import OpenOptions, Overrides
+from nbmerge.loaders.reading import is_file
 from nbmerge.naming.model import HFModel
 from nbmerge.options import OPEN_ONLY, MergeOptions, expanded_path, parse_names, parse_shape
 from nbmerge.overrides import read_placements
@@ -96,6 +98,10 @@ def make_plan_of(checkpoint: Checkpoint | PathLike, options: MergeOptions, progr
     else:
         refuse_given(options, OPEN_ONLY, "an opened checkpoint", "open_checkpoint")
     config_dir = _config_dir(options.hf_model_config_path) or checkpoint.config_dir
+    if config_dir is None and checkpoint.is_adapter:
+        config_dir = base_config_dir(options.base_model)
+        if config_dir is None:
+            raise _without_base(checkpoint, options)
     if config_dir is None:
         raise ConfigError(
             "the checkpoint has no huggingface/config.json", where=str(checkpoint.path),
@@ -106,9 +112,31 @@ def make_plan_of(checkpoint: Checkpoint | PathLike, options: MergeOptions, progr
         config_dir,
         trust_remote_code=options.trust_remote_code,
         is_value_model=options.is_value_model,
-        tie_word_embedding=options.tie_word_embedding or None,
+        tie_word_embedding=options.tie_word_embedding or (False if checkpoint.is_untied else None),
     )
     return make_plan(checkpoint, model, options)
+
+
+def base_config_dir(base_model: PathLike | None) -> Path | None:
+    """The directory of the base model, where it has a config: what an adapter without one is read with."""
+    directory = _config_dir(base_model)
+    return directory if directory is not None and is_file(directory / "config.json") else None
+
+
+def _without_base(checkpoint: Checkpoint, options: MergeOptions) -> ConfigError:
+    """Nothing says of which model the adapter is."""
+    if options.base_model is None:
+        return ConfigError(
+            "the directory holds a LoRA adapter alone, and no base model was given", where=str(checkpoint.path),
+            why="an adapter is a change to a model: names, shapes and config are the model's",
+            fix=base_fix(checkpoint.path),
+        )  # fmt: skip
+    directory = expanded_path(options.base_model)
+    return ConfigError(
+        "the base model has no config.json" if directory.is_dir() else "there is no directory of the base model",
+        where=str(directory),
+        fix=f"{base_fix(checkpoint.path)}; or its config by itself: --hf_model_config_path DIR",
+    )
 
 
 PLAN_TIME = frozenset(MergeOptions.__dataclass_fields__)

@@ -142,6 +142,11 @@ class MergePlan(Displayed):
     adapter_files: tuple[OutputFile, ...] = ()
 
     @property
+    def is_untied(self) -> bool:
+        """Whether head and embedding are written as two tensors where config.json ties them."""
+        return self.model is not None and self.model.tie_word_embedding is False
+
+    @property
     def weight_files(self) -> tuple[OutputFile, ...]:
         """All safetensors files: the model's, and an adapter's."""
         return (*self.files, *self.adapter_files)

@@ -20,10 +20,9 @@ from nbmerge.loaders.hf import stored_tensors
 from nbmerge.naming.adapted import outputs_with_adapter
 from nbmerge.naming.facts import ModelFacts
 from nbmerge.naming.lora.facts import ADAPTER_DIRECTORY
-from nbmerge.naming.lora.fold import dtype_before_fold, is_folded
+from nbmerge.naming.lora.fold import dtype_before_fold
 from nbmerge.naming.lora.separate import Separated
 from nbmerge.naming.model import HFModel
-from nbmerge.naming.notes import Filled
 from nbmerge.naming.published import Base
 from nbmerge.naming.versions import explained
 from nbmerge.options import MergeOptions, expanded_path, parse_size
@@ -40,9 +39,11 @@ def make_plan(checkpoint: Checkpoint, model: HFModel, options: MergeOptions) -> 
 
     Raises ConfigError where no model can be made of the config, NotACheckpointError for a base model without weights.
     """
-    facts = model.facts
     base = _base_of(options)
-    named, lora = outputs_with_adapter(checkpoint, facts, options, base)
+    named, lora = outputs_with_adapter(checkpoint, model, options, base)
+    if lora is not None and lora.is_untied:
+        model = model.untied
+    facts = model.facts
     named = explained(named, model.config, checkpoint.tensors)
     outputs, casts = _cast(named.outputs, facts, options)
     adapter_files, adapter_casts = _adapter_files(lora, facts, options)
@@ -55,7 +56,9 @@ def make_plan(checkpoint: Checkpoint, model: HFModel, options: MergeOptions) -> 
         files = deal(safe, parse_size(options.max_shard_size))
         edits, config = edited_config(model, outputs, options, facts)
         beside = side_files(model.config_dir, files, config)
-    probed, equalities = comparisons(checkpoint, named.ties, allow_drift=options.allow_drift)
+    probed, equalities = comparisons(
+        checkpoint, (*named.ties, *(lora.ties if lora else ())), allow_drift=options.allow_drift
+    )
     _log.debug("%s: %d outputs; comparing %d small copies", facts.class_name, len(outputs), len(probed))
     drift, unequal = probe(probed)
     return MergePlan(
@@ -64,7 +67,7 @@ def make_plan(checkpoint: Checkpoint, model: HFModel, options: MergeOptions) -> 
         left_out=beside.left_out, expected=named.expected,
         execution=_execution((*files, *adapter_files), options), casts=(*casts, *adapter_casts),
         drops=(*named.drops, *(lora.drops if lora else ())),
-        ties=named.ties, trims=named.trims, fills=named.fills, base_files=_files_of(named.fills, outputs, base),
+        ties=named.ties, trims=named.trims, fills=named.fills, base_files=_files_of(outputs, base),
         unloaded=named.unloaded, renamed=named.renamed, config_edits=edits, probed=probed,
         equalities=equalities, drift=drift,
         versions=versions() | ({"peft": lora.facts.peft} if lora and lora.facts else {}), model=model,
@@ -112,15 +115,14 @@ def _adapter_side_files(lora: Separated | None) -> tuple[SideFile, ...]:
     return (SideFile(f"{ADAPTER_DIRECTORY}/adapter_config.json", content=lora.config),)
 
 
-def _files_of(fills: tuple[Filled, ...], outputs: Mapping[str, Expr], base: Base | None) -> tuple[SourceFile, ...]:
+def _files_of(outputs: Mapping[str, Expr], base: Base | None) -> tuple[SourceFile, ...]:
     """The files of the base model that outputs are read from: those that it fills, and those that are folded."""
     read = (
         {node.file for expr in base.tensors.values() for node in ex.walk(expr) if isinstance(node, Stored)}
         if base
         else ()
     )
-    nodes = [node for fill in fills for node in ex.walk(outputs[fill.name])]
-    nodes += [node for expr in outputs.values() if read and is_folded(expr) for node in ex.walk(expr)]
+    nodes = (node for expr in outputs.values() if read for node in ex.walk(expr))
     paths = dict.fromkeys(Path(node.file) for node in nodes if isinstance(node, Stored) and node.file in read)
     return tuple(SourceFile.of(path, "base model") for path in paths)
 

@@ -42,8 +42,8 @@ def edited_config(
         _edit_dtype(config, dtype.name, edits)
         if not any(isinstance(config.get(key), str) for key in ("dtype", "torch_dtype")):
             _edit(config, "dtype", dtype.name, edits)
-    if options.tie_word_embedding:
-        _edit(config, "tie_word_embeddings", True, edits)
+    if model.tie_word_embedding is not None:
+        _edit(config, "tie_word_embeddings", model.tie_word_embedding, edits)
     if options.is_value_model:
         _edit(config, "architectures", [facts.class_name], edits)
         _edit(config, "id2label", {"0": "LABEL_0"}, edits)  # num_labels of a config is how many of these it has

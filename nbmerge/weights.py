@@ -12,7 +12,7 @@ from typing import Any
 from nbmerge.errors import OptionError
 from nbmerge.expressions import Expr
 from nbmerge.layout import Checkpoint
-from nbmerge.loaders.hf import holds_whole_tensors, stored_tensors
+from nbmerge.loaders.hf import holds_whole_tensors, lone_adapter, stored_tensors
 from nbmerge.naming.model import HFModel
 from nbmerge.naming.prefixes import stripped_names
 from nbmerge.opening import PathLike, open_checkpoint, plan_merge
@@ -58,7 +58,7 @@ def weights_of(source: Source, *, progress: bool | None = None, **options: Any) 
         return weights_of(source.target if source.target is not None else source.plan)
     if isinstance(source, (str, os.PathLike)):
         path = expanded_path(os.fspath(source))
-        if is_model_directory(path):
+        if is_model_directory(path, options):
             return _of_directory(path, trust_pickle=bool(options.get("trust_pickle")))
         opening = {name: value for name, value in options.items() if name in OPEN_OPTIONS}
         source = open_checkpoint(path, progress=progress, **opening)
@@ -72,9 +72,12 @@ def weights_of(source: Source, *, progress: bool | None = None, **options: Any) 
     )
 
 
-def is_model_directory(path: Path) -> bool:
-    """Whether the directory holds whole tensors, as Hugging Face models and adapters do."""
-    return holds_whole_tensors(path)
+def is_model_directory(path: Path, options: Mapping[str, Any] | None = None) -> bool:
+    """Whether the directory's whole tensors are taken as they are: a model's, or those of an adapter alone.
+
+    options: what is asked of adapters; an adapter of which anything is asked is a checkpoint to be planned.
+    """
+    return holds_whole_tensors(path) and not ((options or {}).get("lora") and lone_adapter(path) is not None)
 
 
 def _of_directory(path: Path, *, trust_pickle: bool) -> Weights:
@@ -90,7 +93,8 @@ def _of_plan(plan: MergePlan) -> Weights:
 
 
 def _of_checkpoint(checkpoint: Checkpoint, options: Mapping[str, Any], progress: bool | None) -> Weights:
-    if checkpoint.config_dir is not None or options.get("hf_model_config_path"):
+    is_asked = checkpoint.is_adapter and options.get("lora") is not None
+    if checkpoint.config_dir is not None or options.get("hf_model_config_path") or is_asked:
         return _of_plan(plan_merge(checkpoint, progress=progress, **options))
     names, _ = stripped_names(checkpoint.tensors, set())
     tensors = {new: checkpoint.tensors[old].expr for new, old in names.items()}

@@ -7,8 +7,10 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from nbmerge.errors import NotACheckpointError
+from nbmerge.adapter_files import base_fix
+from nbmerge.errors import NotACheckpointError, OptionError
 from nbmerge.layout import Checkpoint
+from nbmerge.loaders.hf import lone_adapter
 from nbmerge.naming.adapted import holds_adapter
 from nbmerge.opening import PathLike, open_checkpoint
 from nbmerge.options import ADAPTER_OPTIONS, OPEN_ONLY, OPEN_OPTIONS, expanded_path
@@ -21,6 +23,7 @@ def both_weights(a: Source, b: Source, *, progress: bool | None = None, **option
 
     options: keywords of `nbmerge.merge` that open and plan a checkpoint. Raises as `weights_of` does.
     """
+    _refuse_model_and_adapter(a, b, options)
     of_a = _weights(a, progress, options)
     of_b = _weights(b, progress, options)
     return (
@@ -33,13 +36,34 @@ def _weights(source: Source, progress: bool | None, options: dict[str, Any]) -> 
     """The tensors of a source. What is asked of adapters is asked of a checkpoint that has one: the other may not."""
     if options.get("lora") is None:
         return weights_of(source, progress=progress, **options)
-    if isinstance(source, (str, os.PathLike)) and not is_model_directory(path := expanded_path(os.fspath(source))):
+    path = expanded_path(os.fspath(source)) if isinstance(source, (str, os.PathLike)) else None
+    if path is not None and not is_model_directory(path, options):
         opening = {name: value for name, value in options.items() if name in OPEN_OPTIONS}
         source = open_checkpoint(path, progress=progress, **opening)
         options = {name: value for name, value in options.items() if name not in OPEN_ONLY}
     if isinstance(source, Checkpoint) and not holds_adapter(source):
         options = {name: value for name, value in options.items() if name not in ADAPTER_OPTIONS}
     return weights_of(source, progress=progress, **options)
+
+
+def _refuse_model_and_adapter(a: Source, b: Source, options: dict[str, Any]) -> None:
+    """Raises OptionError for a model and an adapter, where nothing says what is to be done with the adapter."""
+    alone = [each for each in (a, b) if _is_adapter(each)]
+    if options.get("lora") is None and len(alone) == 1:
+        raise OptionError(
+            "one of the two is a LoRA adapter alone, and the other a model", where=str(_path(alone[0])),
+            fix=f"compare with what the adapter makes of its base model: --lora fold; {base_fix(_path(alone[0]))}",
+        )  # fmt: skip
+
+
+def _is_adapter(source: Source) -> bool:
+    if isinstance(source, (str, os.PathLike)):
+        return lone_adapter(_path(source)) is not None
+    return isinstance(source, Checkpoint) and source.is_adapter
+
+
+def _path(source: Source) -> Path:
+    return source.path if isinstance(source, Checkpoint) else expanded_path(os.fspath(source))  # type: ignore[arg-type]
 
 
 def _with_config(

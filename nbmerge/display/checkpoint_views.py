@@ -102,7 +102,8 @@ def _facts(checkpoint: Checkpoint, parameters: list[Parameters], total: int) -> 
     yield Fact("path", words.elide(str(checkpoint.path), 2 * words.NAME_LIMIT), code=True)
     yield Fact("parameters", f"{_elements(parameters):,}")
     yield Fact("bytes", words.exact_bytes(total))
-    config = str(checkpoint.config_dir) if checkpoint.config_dir else "none found; a merge needs --hf_model_config_path"
+    needed = "--base_model" if checkpoint.is_adapter else "--hf_model_config_path"
+    config = str(checkpoint.config_dir) if checkpoint.config_dir else f"none found; a merge needs {needed}"
     yield Fact("config", words.elide(config, 2 * words.NAME_LIMIT), code=checkpoint.config_dir is not None)
     evidence = ", ".join(checkpoint.evidence)
     yield Fact("back end", words.elide(f"{checkpoint.backend} ({evidence})" if evidence else checkpoint.backend, 200))

@@ -78,6 +78,8 @@ def choose_loader(directory: Path, backend: str, loaders: Sequence[Loader] = LOA
     if not voted:
         raise _nothing_recognised(directory, loaders)
     if len(voted) > 1:
+        voted = [each for each in voted if not each[0].gives_way(directory)] or voted
+    if len(voted) > 1:
         raise AmbiguousCheckpointError(
             f"{len(voted)} layouts are in one directory",
             where=str(directory),
@@ -98,9 +100,8 @@ def _nothing_recognised(directory: Path, loaders: Sequence[Loader]) -> NotACheck
     if not near and (files := adapters(directory)):
         return NotACheckpointError(
             f"the directory holds an adapter ({listing(files)}) and no model", where=str(directory),
-            why="an adapter is a change to a model, and becomes one together with its base model only",
-            fix="pass the checkpoint that it was trained in, with --lora fold; or load it with peft and save what "
-            "merge_and_unload() returns",
+            why="an adapter is read under the names that peft gives its file: adapter_model.safetensors or .bin",
+            fix="rename the file, with adapter_config.json beside it",
         )  # fmt: skip
     return NotACheckpointError(
         "this directory is no checkpoint that can be read",

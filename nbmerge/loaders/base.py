@@ -98,6 +98,10 @@ class Loader(Displayed, ABC):
         Looks at names and small JSON files only.
         """
 
+    def gives_way(self, directory: Path) -> bool:
+        """Whether what it recognises goes with another layout's files, which are taken where there are any."""
+        return False
+
     def config_directory(self, directory: Path) -> Path | None:
         """Where the model's config.json and tokenizer are, if in the checkpoint."""
         return config_directory(directory)

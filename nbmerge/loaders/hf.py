@@ -1,6 +1,7 @@
 """Hugging Face directories: `model.safetensors` or `pytorch_model.bin`, sharded with an index or not.
 
-Accelerate's whole `pytorch_model_fsdp.bin` too. The order is that in which `PreTrainedModel.from_pretrained` looks.
+Accelerate's whole `pytorch_model_fsdp.bin` too, and where there is no model, a LoRA adapter as peft writes it. The
+order is that in which `PreTrainedModel.from_pretrained` looks.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from nbmerge.layout import Checkpoint
 from nbmerge.loaders import colossalai
 from nbmerge.loaders.base import Loader, OpenOptions, config_directory
 from nbmerge.loaders.colossalai import is_colossalai
+from nbmerge.loaders.peft import adapter_files, open_adapter
 from nbmerge.loaders.rank_shards import is_shard_of_ranks
 from nbmerge.loaders.whole import WeightFiles, indexed, read_whole, whole_checkpoint
 
@@ -121,6 +123,14 @@ def adapters(directory: Path) -> list[str]:
     return [name for name in names if name.endswith(".safetensors")] or names
 
 
+def lone_adapter(directory: Path) -> WeightFiles | None:
+    """The file of an adapter in a directory without a model; None for any other."""
+    try:
+        return adapter_files(directory) if weight_files(directory) is None else None
+    except (AmbiguousCheckpointError, CorruptFileError):
+        return None
+
+
 def stored_tensors(directory: Path, option: str, *, trust_pickle: bool = False) -> dict[str, Stored]:
     """The tensors of a directory of whole tensors by name, an adapter's where it holds nothing else.
 
@@ -142,7 +152,7 @@ class HFLoader(Loader):
     """Opens Hugging Face directories, to re-shard, cast or convert them."""
 
     name = "hf"
-    recognises = "model.safetensors or pytorch_model.bin, or the index of either"
+    recognises = "model.safetensors or pytorch_model.bin, the index of either, or adapter_model.safetensors"
 
     def evidence(self, directory: Path) -> tuple[str, ...]:
         try:
@@ -150,15 +160,22 @@ class HFLoader(Loader):
         except (AmbiguousCheckpointError, CorruptFileError):
             indices = (name for name in (_SAFE_INDEX, _BIN_INDEX) if (directory / name).is_file())
             return (next(indices, "pytorch_model_fsdp*.bin"),)
+        found = found or lone_adapter(directory)
         if found is None:
             return ()
         return (found.index or listing(found.files),)
+
+    def gives_way(self, directory: Path) -> bool:
+        """An adapter that a trainer writes beside its shards is in them too."""
+        return lone_adapter(directory) is not None
 
     def config_directory(self, directory: Path) -> Path | None:
         return directory if (directory / "config.json").is_file() else config_directory(directory)
 
     def open(self, directory: Path, options: OpenOptions) -> Checkpoint:
         found = weight_files(directory.absolute())
+        if found is None and (adapter := lone_adapter(directory.absolute())) is not None:
+            return open_adapter(directory, adapter, options, backend=self.name)
         if found is None:
             raise NotACheckpointError("the directory holds no weights", where=str(directory),
                                       fix="pass a directory with model.safetensors or pytorch_model.bin")  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cached_property
 
 from nbmerge.errors import ConfigError
@@ -22,6 +23,11 @@ class HFModel(ModelDirectory):
         from nbmerge.naming.meta import model_facts
 
         return model_facts(self)
+
+    @cached_property
+    def untied(self) -> HFModel:
+        """The same model with embeddings of its own for the head, whatever the config says."""
+        return replace(self, tie_word_embedding=False)
 
     def expected_shape(self, name: str) -> Shape | None:
         """The global shape of a tensor by its in-memory or published name, wrappers' prefixes allowed."""

@@ -11,7 +11,7 @@ from typing import Any
 from nbmerge.errors import CheckpointError, ConfigError, NbmergeError, NotACheckpointError, listing, one_line
 from nbmerge.layout import Checkpoint
 from nbmerge.naming.facts import ModelFacts
-from nbmerge.opening import PathLike, open_checkpoint, plan_merge
+from nbmerge.opening import PathLike, base_config_dir, open_checkpoint, plan_merge
 from nbmerge.options import OPEN_ONLY, OPEN_OPTIONS, MergeOptions, expanded_path
 from nbmerge.plan import MergePlan
 from nbmerge.validation.findings import WARNING, Finding
@@ -66,7 +66,8 @@ def plan_of(
     options = {name: value for name, value in options.items() if name not in OPEN_ONLY}
     options = result_options(options) if checkpoint.averaged else options
     if "hf_model_config_path" not in options and checkpoint.config_dir is None:
-        options["hf_model_config_path"] = str(subject.directory)
+        has_base = checkpoint.is_adapter and base_config_dir(options.get("base_model")) is not None
+        options |= {} if has_base else {"hf_model_config_path": str(subject.directory)}
     options |= {name: value for name, value in given.items() if name not in OPEN_ONLY}
     findings: tuple[Finding, ...] = ()
     said = "merged as its receipt says"

@@ -331,14 +331,6 @@ class TestModes:
         message = refused(tmp_path / "ckpt", lora="fold", base_model=str(base))
         assert_says(message, "'pissa' changed the base weights", "save the whole state dict")
 
-    def test_a_fold_into_tied_weights_is_refused_and_a_split_is_not(self, tmp_path: Path):
-        made = adapted("qwen2_tied", target_modules=["embed_tokens", "q_proj"])
-        write_world(tmp_path / "ckpt", made)
-        message = refused(tmp_path / "ckpt", lora="fold", lora_alpha=5)
-        assert_says(message, "model.embed_tokens.weight is adapted, and tied to lm_head.weight", "--lora split")
-        nbmerge.merge(tmp_path / "ckpt", tmp_path / "out", lora="split", lora_alpha=5)
-        assert_same(saved_bits(tmp_path / "out" / "lora_adapter"), made.adapter())
-
 
 def test_the_plan_tells_what_is_done_and_states_its_memory(ckpt: Path):
     made = plan(ckpt, lora="fold", lora_alpha=5)

@@ -89,3 +89,17 @@ def save_adapter_config(made: Adapted, directory: Path) -> Path:
     """adapter_config.json as peft writes it, without the weights."""
     made.model.peft_config["default"].save_pretrained(directory)
     return directory
+
+
+def write_directory(directory: Path, made: Adapted, **options: Any) -> Path:
+    """The directory that peft writes of the adapter alone. options: of `PeftModel.save_pretrained`."""
+    made.model.save_pretrained(directory, **options)
+    return directory
+
+
+def loaded_by_peft(family: str, base: Path, adapter: Path) -> Adapted:
+    """What peft makes of a base model's directory and an adapter's."""
+    from peft import PeftModel
+
+    model = PeftModel.from_pretrained(type(tiny_model(family)).from_pretrained(base, dtype="auto"), adapter)
+    return Adapted(family, model.eval())

@@ -93,6 +93,7 @@ _RULES: dict[str, tuple[Callable[[object], bool], str]] = {
     "r": (_is_rank, "a whole number above 0"),
     "use_rslora": (_is_flag, "true or false"),
     "use_dora": (_is_flag, "true or false"),
+    "ensure_weight_tying": (_is_flag, "true or false"),
     "bias": (_is_bias, "none, all or lora_only"),
     "target_modules": (_are_targets, "a list of names, or a regular expression"),
     "exclude_modules": (_are_targets, "a list of names, or a regular expression"),

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from nbmerge.errors import listing
+
 ADAPTER_DIRECTORY = "lora_adapter"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
@@ -14,7 +16,9 @@ class LoraFacts:
     """mode: `split`, `fold` or `adapter`; adapter: its name in the checkpoint; layers: adapted modules.
 
     r, alpha, scale: of most modules; ranks, alphas: those of modules with others; saved: modules that were trained
-    whole; origins: where alpha, r and the rest were known from; precision: of a fold.
+    whole; origins: where alpha, r and the rest were known from; precision: of a fold; untied: tensors that a fold
+    writes apart from those that config.json ties them to; also_changed: tensors that are tied to adapted ones, and
+    change with them; trained_on: the base model that the adapter's file names, where one of another name was given.
     """
 
     mode: str
@@ -31,6 +35,9 @@ class LoraFacts:
     precision: str = ""
     peft: str = ""
     origins: Mapping[str, str] = field(default_factory=dict)
+    untied: tuple[str, ...] = ()
+    also_changed: tuple[str, ...] = ()
+    trained_on: str = ""
 
     @property
     def sentence(self) -> str:
@@ -44,8 +51,20 @@ class LoraFacts:
         others = " for most" if self.ranks or self.alphas else ""
         return (
             f"{kind} of {self.layers:,} {'layer' if self.layers == 1 else 'layers'} {done}: "
-            f"r {self.r}, alpha {self.alpha:g}, scale {self.scale:.4g}{others}"
+            f"r {self.r}, alpha {self.alpha:g}, scale {self.scale:.4g}{others}{self._of_ties}{self._of_base}"
         )
+
+    @property
+    def _of_ties(self) -> str:
+        """What became of tied embeddings, for the end of the sentence."""
+        found = f"; {listing(self.untied)} untied, as the adapter trained one of the two whole" if self.untied else ""
+        if self.also_changed:
+            found += f"; {listing(self.also_changed)}, tied to what is adapted, changed with it, as in peft's merge"
+        return found
+
+    @property
+    def _of_base(self) -> str:
+        return f"; its file names another base model, {self.trained_on}" if self.trained_on else ""
 
     def as_record(self) -> dict[str, object]:
         """For the receipt."""
@@ -54,5 +73,8 @@ class LoraFacts:
             "scale": self.scale, "rank_pattern": dict(self.ranks), "alpha_pattern": dict(self.alphas),
             "use_rslora": self.use_rslora, "use_dora": self.use_dora, "modules_to_save": list(self.saved),
             **({"precision": self.precision} if self.precision else {}),
+            **({"untied": list(self.untied)} if self.untied else {}),
+            **({"also_changed": list(self.also_changed)} if self.also_changed else {}),
+            **({"trained_on": self.trained_on} if self.trained_on else {}),
             "peft": self.peft, "known_from": dict(self.origins),
         }  # fmt: skip

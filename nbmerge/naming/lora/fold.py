@@ -104,17 +104,13 @@ def folded_bias(kind: Kind, bias: Expr, added: Expr, *, precision: str) -> Expr:
     return Compute(f"LoRA bias ({kind}, {precision})", _FoldBias(kind, precision), (bias, added), bias.shape, dtype)
 
 
-def is_folded(expr: Expr) -> bool:
-    """Whether an adapter is folded into the tensor."""
-    return any(isinstance(node, Compute) and isinstance(node.function, _FOLDS) for node in ex.walk(expr))
-
-
 def dtype_before_fold(expr: Expr) -> DType | None:
     """The weight's dtype, where it was folded in float32 and is yet to be rounded; None elsewhere."""
-    for node in ex.walk(expr):
+    found: DType | None = None
+    for node in ex.walk(expr):  # the innermost last, where several layers are folded into one tensor
         if isinstance(node, Compute) and isinstance(node.function, _FOLDS):
-            return node.inputs[0].dtype if node.function.precision == FP32 else None
-    return None
+            found = node.inputs[0].dtype if node.function.precision == FP32 else None
+    return found
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,19 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Sequence
+from pathlib import Path
 
+from nbmerge.adapter_files import adapter_weights
 from nbmerge.errors import Problem, listing, plural
 from nbmerge.naming.facts import ModelFacts
+from nbmerge.naming.lora.facts import ADAPTER_DIRECTORY
 from nbmerge.naming.lora.keys import DEFAULT, Adapted, adapter_names
-from nbmerge.naming.lora.layers import Fitted
 from nbmerge.naming.lora.settings import Settings
 
 _FOLD_IT = "fold the adapter in the training job (peft's merge_and_unload) and save again"
 
 
-def no_adapter(mode: str | None) -> Problem:
-    """A mode was chosen, and there is no adapter."""
+def of_no_lora(names: Collection[str], directory: Path) -> Problem:
+    """An adapter's directory without any tensor of LoRA."""
+    return Problem(
+        f"the adapter holds no LoRA tensors: {listing(names)}", where=str(directory),
+        why="it is of another method, whose update is not scale * B @ A, or a part of it is lost", fix=_FOLD_IT,
+        kind="unsupported",
+    )  # fmt: skip
+
+
+def strangers(names: Sequence[str], facts: ModelFacts) -> list[Problem]:
+    """Tensors in an adapter's directory that are no part of it, and no tensor of the model."""
+    if not names:
+        return []
+    return [
+        Problem(
+            f"{plural(len(names), 'tensor')} in the adapter that {facts.class_name} does not have: {listing(names)}",
+            why="config.json, or the base model, is of another model; or the file was made by other means than peft",
+            fix="pass the model that training started from: --base_model DIR",
+            kind="contradiction",
+        )
+    ]
+
+
+def no_adapter(mode: str | None, directory: Path) -> Problem:
+    """A mode was chosen, and there is no adapter among the checkpoint's tensors. directory: the checkpoint's."""
+    if adapter_weights(beside := directory / ADAPTER_DIRECTORY) is not None:
+        return Problem(
+            f"lora={mode!r}, and the adapter lies beside the model in {ADAPTER_DIRECTORY}/", where=str(directory),
+            why="the two were split, and are given as adapter and base model",
+            fix=f"pass the adapter with its base model: {beside} --base_model {directory}",
+        )  # fmt: skip
     return Problem(
         f"lora={mode!r}, and the checkpoint holds no LoRA tensors",
         why="it holds full weights, or the adapter was folded before it was saved",
@@ -22,12 +53,12 @@ def no_adapter(mode: str | None) -> Problem:
     )
 
 
-def unreadable(parts: Adapted, mode: str | None) -> list[Problem]:
-    """Why no adapter can be taken from the checkpoint."""
+def unreadable(parts: Adapted, mode: str | None, directory: Path, *, is_alone: bool) -> list[Problem]:
+    """Why no adapter can be taken from the checkpoint. is_alone: whether it is the directory of an adapter."""
     if found := _unread_names(parts):
         return found
     if not parts.adapters:
-        return [no_adapter(mode)]
+        return [of_no_lora(parts.model, directory) if is_alone else no_adapter(mode, directory)]
     if DEFAULT not in parts.adapters and len(parts.adapters) > 1:
         return [
             Problem(
@@ -113,11 +144,16 @@ def of_another_kind(settings: Settings) -> list[Problem]:
 
 
 def lacking(
-    wanted: Sequence[str], held: Collection[str], base: Collection[str], directory: str | None, settings: Settings
+    wanted: Sequence[str],
+    held: Collection[str],
+    base: Collection[str],
+    directory: str | None,
+    settings: Settings,
+    base_fix: str,
 ) -> list[Problem]:
     """Weights that are adapted and not here. wanted: their names; held, base: what checkpoint and base model hold.
 
-    directory: the base model's; None without one.
+    directory: the base model's; None without one; base_fix: what to pass for one.
     """
     absent = [name for name in wanted if name not in held]
     if absent and settings.changed_base:
@@ -140,7 +176,7 @@ def lacking(
                 f"the base model's directory holds an adapter: {listing(names)}",
                 where=directory,
                 why="an adapter is a change to a model, and no model",
-                fix="pass the model that training started from: --base_model DIR",
+                fix=base_fix,
             )
         ]
     return [
@@ -148,8 +184,7 @@ def lacking(
             f"the weights of {plural(len(absent), 'adapted layer')} are not here: {listing(absent)}",
             where=directory or "",
             why="the checkpoint holds the adapter alone" if directory is None else "the base model is another one",
-            fix="pass the model that training started from: --base_model DIR"
-            + ("; or write the adapter alone: --lora adapter" if directory is None else ""),
+            fix=base_fix + ("; or write the adapter alone: --lora adapter" if directory is None else ""),
             kind="missing",
         )
     ]
@@ -158,33 +193,26 @@ def lacking(
 def of_another_family(
     published: Collection[str], held: Collection[str], base: Collection[str], facts: ModelFacts, directory: str
 ) -> list[Problem]:
-    """Tensors of the model that its modules in the base model do not have. published: those that the model needs."""
-    modules = {name.rpartition(".")[0] for name in base}
-    lacking = [name for name in published if name not in base and name not in held]
-    absent = [name for name in lacking if name.rpartition(".")[0] in modules]
-    if not absent:
-        return []
+    """Tensors that a module has in the model and not in the base model, or the other way round.
+
+    published: those that the model needs; held: those that the checkpoint holds.
+    """
+
+    def at_shared_modules(names: Collection[str], others: Collection[str]) -> list[str]:
+        modules = {name.rpartition(".")[0] for name in others}
+        return [name for name in names if name.rpartition(".")[0] in modules]
+
+    lacks = at_shared_modules([name for name in published if name not in base and name not in held], base)
+    known = {*facts.memory, *facts.published, *facts.tied_on_hub}
+    beyond = at_shared_modules([name for name in base if name not in known and not facts.is_ignored(name)], published)
     return [
         Problem(
-            f"the base model lacks {plural(len(absent), 'tensor')} of {facts.class_name}: {listing(absent)}",
+            f"the base model {says} {plural(len(absent), 'tensor')} {of}{facts.class_name}: {listing(absent)}",
             where=directory,
             why="it is of another family than the config of the run",
             fix="pass the model that training started from: --base_model DIR",
             kind="contradiction",
         )
-    ]
-
-
-def tied(fitted: Iterable[Fitted], ties: Mapping[str, str]) -> list[Problem]:
-    """Weights that cannot be folded because another name stands for them too. ties: name → the one that is kept."""
-    pairs = {name: other for alias, kept in ties.items() for name, other in ((alias, kept), (kept, alias))}
-    return [
-        Problem(
-            f"{each.weight} is adapted, and tied to {pairs[each.weight]}",
-            why="folded, both would change, and only one of them was trained with the adapter",
-            fix='set "tie_word_embeddings": false in config.json, or split: --lora split',
-            kind="contradiction",
-        )
-        for each in fitted
-        if each.weight in pairs
+        for absent, says, of in ((lacks, "lacks", "of "), (beyond, "has", "beyond those of "))
+        if absent
     ]

@@ -8,12 +8,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from nbmerge.adapter_files import ADAPTER_CONFIG
 from nbmerge.errors import OptionError, Problem
 from nbmerge.json_files import json_object
 from nbmerge.naming.lora.checks import another_type, is_size, wrong_values
 from nbmerge.options import expanded_path
 
-ADAPTER_CONFIG, VERL_META = "adapter_config.json", "lora_train_meta.json"
+VERL_META = "lora_train_meta.json"
 RUN_CONFIG = "run_config.yaml"  # Megatron-Bridge's, in the directory of an iteration
 ALPHA_FIX = "pass the value that training used: --lora_alpha N, or its adapter_config.json: --lora_config FILE"
 # peft's variants whose update is more than scale * B @ A, or that no merge can hold.
