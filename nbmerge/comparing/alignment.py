@@ -1,12 +1,12 @@
 """Pairs the tensors of two models: by name, and where a known rule says how, under other names or shapes.
 
-Rules: wrappers' prefixes, published names against those in memory, tied output layers, padded vocabularies. What no
-rule pairs is listed.
+Rules: wrappers' prefixes, the spellings of vision towers, published names against those in memory, tied output layers,
+padded vocabularies. What no rule pairs is listed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from nbmerge import expressions as ex
@@ -14,12 +14,13 @@ from nbmerge.comparing.elements import common_dtype
 from nbmerge.comparing.left_out import A, B, Mismatch, Unmatched
 from nbmerge.comparing.rolling import is_vocabulary
 from nbmerge.dtypes import DType
-from nbmerge.errors import NbmergeError, one_line
+from nbmerge.errors import NbmergeError, one_line, plural
 from nbmerge.expressions import Expr
 from nbmerge.geometry import Shape
 from nbmerge.naming.facts import ModelFacts
 from nbmerge.naming.prefixes import stripped_names
 from nbmerge.naming.published import HUB, TRANSFORMERS, name_tensors
+from nbmerge.naming.towers import respelled
 from nbmerge.weights import Weights
 
 
@@ -84,6 +85,14 @@ def _agree(a: _Side, b: _Side) -> bool:
     )
 
 
+def _respell(side: _Side, known: Collection[str], notes: list[str]) -> None:
+    """Gives the side's vision tower the names that the known ones have for it."""
+    news = respelled(side.tensors, known)
+    if count := len(news.keys() - side.tensors.keys()):
+        notes.append(f"{side.label} has {plural(count, 'name')} of a vision tower as another transformers spells them")
+    side.tensors = news
+
+
 def _ask_models(sides: tuple[_Side, _Side], weights: tuple[Weights, Weights], notes: list[str]) -> None:
     """Gives both sides published names, by their own config, or by the other's where there is none."""
     known: list[ModelFacts | None] = []
@@ -95,6 +104,7 @@ def _ask_models(sides: tuple[_Side, _Side], weights: tuple[Weights, Weights], no
             notes.append(f"the config of {side.label} tells no names: {one_line(str(error.problem.what), limit=200)}")
     for side, facts in zip(sides, (known[0] or known[1], known[1] or known[0]), strict=True):
         side.facts = facts
+        _respell(side, facts.names if facts is not None else sides[0].tensors, notes)
         if facts is None:
             continue
         side.tensors, side.renamed = _published(side.tensors, facts)

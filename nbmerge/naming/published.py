@@ -120,11 +120,10 @@ def name_tensors(
     wrote the checkpoint and recorded how they cut it.
     """
     given = given or Given()
-    known = {*facts.memory, *facts.published, *facts.tied_on_hub}
-    olds, collisions = stripped_names(tensors, known)
-    if adapters := adapter_names(olds, known):
+    olds, collisions = stripped_names(tensors, facts.names)
+    if adapters := adapter_names(olds, facts.names):
         return refused_adapters(adapters, problems=collisions)
-    sources = respelled({new: tensors[old] for new, old in olds.items()}, known)
+    sources = respelled({new: tensors[old] for new, old in olds.items()}, facts.names)
     dialect = given.dialect or _dialect(sources, facts)
     tied = facts.tied if dialect == TRANSFORMERS else facts.tied_on_hub
     work = _Naming(facts, sources, tied, given, problems=collisions, ranks=ranks)
@@ -203,7 +202,7 @@ def by_published_name(tensors: Mapping[str, Expr], facts: ModelFacts) -> dict[st
 
     transformers saves a model under the names that it was loaded under, and accepts either.
     """
-    held = respelled(tensors, {*facts.memory, *facts.published, *facts.tied_on_hub})
+    held = respelled(tensors, facts.names)
     found = dict(held)
     for name, rule in facts.published.items():
         inputs = ex.input_names(rule)

@@ -55,9 +55,8 @@ def separated(
     tensors: Mapping[str, Expr], checkpoint: Checkpoint, facts: ModelFacts, options: MergeOptions, base: Base | None
 ) -> Separated:
     """The tensors of a checkpoint with an adapter, as options.lora asks. Raises OptionError for a wrong lora_config."""
-    known = {*facts.memory, *facts.published, *facts.tied_on_hub}
-    olds, collisions = stripped_names(tensors, known)
-    parts = take_apart({new: tensors[old] for new, old in olds.items()}, known)
+    olds, collisions = stripped_names(tensors, facts.names)
+    parts = take_apart({new: tensors[old] for new, old in olds.items()}, facts.names)
     if problems := [*collisions, *refusals.unreadable(parts, options.lora)]:
         return Separated(problems=tuple(problems))
     adapter = DEFAULT if DEFAULT in parts.adapters else parts.adapters[0]
@@ -66,8 +65,7 @@ def separated(
     places += [checkpoint.config_dir] if checkpoint.config_dir is not None else []
     places += [file.path.parent for file in checkpoint.files[:1]]  # of an iteration, where its root was opened
     settings = read_settings([checkpoint.path, *places], options.lora_config, options.lora_alpha)
-    if not parts.holds_model(adapter):
-        settings = _take_trained(parts, adapter, settings, facts)
+    settings = _in_the_model(parts, adapter, settings, facts)
     work = _Work(parts, adapter, settings, facts, options, base)
     fitted, problems = fit(work.layers.values(), settings, facts, work.shape_of)
     problems = [*settings.problems, *problems, *work.problems(fitted)]
@@ -247,13 +245,20 @@ class _Work:
         )  # fmt: skip
 
 
-def _take_trained(parts: Adapted, adapter: str, settings: Settings, facts: ModelFacts) -> Settings:
-    """Of an adapter's tensors alone: what was trained whole, and whether biases were; the files' word, else the names'.
+def _in_the_model(parts: Adapted, adapter: str, settings: Settings, facts: ModelFacts) -> Settings:
+    """Gives the parts the model's names, and finds what was trained beside an adapter that stands alone.
 
     Returns the settings, with `bias` where only the names told it.
     """
-    if ends := settings.values.get("modules_to_save"):
-        parts.set_saved(adapter, ends)
+    is_alone = not parts.holds_model(adapter)
+    if is_alone and (ends := settings.values.get("modules_to_save")):
+        parts.set_saved(adapter, ends)  # the files have the names of training
+    parts.respell(facts.names)
+    return _take_trained(parts, adapter, settings, facts) if is_alone else settings
+
+
+def _take_trained(parts: Adapted, adapter: str, settings: Settings, facts: ModelFacts) -> Settings:
+    """Of an adapter's tensors alone: what was trained whole, and whether biases were, as the names tell it."""
     parts.set_complete(adapter, [*facts.memory, *facts.published])
     biases = {module for module, _, end in (name.rpartition(".") for name in parts.model) if end == "bias"}
     if not biases or "bias" in settings.values:
