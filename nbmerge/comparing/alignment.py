@@ -6,7 +6,7 @@ padded vocabularies. What no rule pairs is listed.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from nbmerge import expressions as ex
@@ -19,7 +19,7 @@ from nbmerge.expressions import Expr
 from nbmerge.geometry import Shape
 from nbmerge.naming.facts import ModelFacts
 from nbmerge.naming.prefixes import stripped_names
-from nbmerge.naming.published import HUB, TRANSFORMERS, name_tensors
+from nbmerge.naming.published import HUB, TRANSFORMERS, as_installed, name_tensors
 from nbmerge.naming.towers import respelled
 from nbmerge.weights import Weights
 
@@ -85,9 +85,8 @@ def _agree(a: _Side, b: _Side) -> bool:
     )
 
 
-def _respell(side: _Side, known: Collection[str], notes: list[str]) -> None:
-    """Gives the side's vision tower the names that the known ones have for it."""
-    news = respelled(side.tensors, known)
+def _respell(side: _Side, news: dict[str, Expr], notes: list[str]) -> None:
+    """Takes the side's tensors as another transformers would have them, and notes new names."""
     if count := len(news.keys() - side.tensors.keys()):
         notes.append(f"{side.label} has {plural(count, 'name')} of a vision tower as another transformers spells them")
     side.tensors = news
@@ -104,9 +103,10 @@ def _ask_models(sides: tuple[_Side, _Side], weights: tuple[Weights, Weights], no
             notes.append(f"the config of {side.label} tells no names: {one_line(str(error.problem.what), limit=200)}")
     for side, facts in zip(sides, (known[0] or known[1], known[1] or known[0]), strict=True):
         side.facts = facts
-        _respell(side, facts.names if facts is not None else sides[0].tensors, notes)
         if facts is None:
+            _respell(side, respelled(side.tensors, sides[0].tensors), notes)
             continue
+        _respell(side, as_installed(side.tensors, facts), notes)
         side.tensors, side.renamed = _published(side.tensors, facts)
         if side.renamed:
             notes.append(f"{side.label} has {facts.class_name}'s names in memory; compared under the published ones")

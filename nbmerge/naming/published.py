@@ -22,6 +22,7 @@ from nbmerge.naming.lora.keys import adapter_names
 from nbmerge.naming.notes import Drop, Filled, Tie, Trim
 from nbmerge.naming.prefixes import stripped_names
 from nbmerge.naming.towers import respelled
+from nbmerge.naming.turned import turned
 
 HUB, TRANSFORMERS = "hub", "transformers"
 
@@ -123,7 +124,7 @@ def name_tensors(
     olds, collisions = stripped_names(tensors, facts.names)
     if adapters := adapter_names(olds, facts.names):
         return refused_adapters(adapters, problems=collisions)
-    sources = respelled({new: tensors[old] for new, old in olds.items()}, facts.names)
+    sources = as_installed({new: tensors[old] for new, old in olds.items()}, facts)
     dialect = given.dialect or _dialect(sources, facts)
     tied = facts.tied if dialect == TRANSFORMERS else facts.tied_on_hub
     work = _Naming(facts, sources, tied, given, problems=collisions, ranks=ranks)
@@ -197,12 +198,17 @@ def _inverted(work: _Naming) -> dict[str, Expr]:
         return {}
 
 
+def as_installed(tensors: Mapping[str, Expr], facts: ModelFacts) -> dict[str, Expr]:
+    """The tensors of another transformers as the installed one names and turns them."""
+    return turned(respelled(tensors, facts.names), facts)
+
+
 def by_published_name(tensors: Mapping[str, Expr], facts: ModelFacts) -> dict[str, Expr]:
     """The tensors of a model's files, under published names too where the files have the names in memory.
 
     transformers saves a model under the names that it was loaded under, and accepts either.
     """
-    held = respelled(tensors, facts.names)
+    held = as_installed(tensors, facts)
     found = dict(held)
     for name, rule in facts.published.items():
         inputs = ex.input_names(rule)
