@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from nbmerge.errors import UnsupportedCheckpointError
+
 
 @dataclass(frozen=True)  # no slots: a frozen class with slots has a __setstate__ that changes it
 class DType:
@@ -74,4 +76,18 @@ def parse_dtype(text: str) -> DType:
     found = BY_NAME.get(_ALIASES.get(name.lower(), name.lower())) or BY_CODE.get(name.upper())
     if found is None:
         raise KeyError(f"{text!r} is no element type that safetensors stores; known: {', '.join(BY_NAME)}")
+    return found
+
+
+def torch_dtype(name: str) -> Any:
+    """torch's object for the element type. Raises UnsupportedCheckpointError where the installed torch has none."""
+    import torch
+
+    found = getattr(torch, name, None)
+    if found is None:
+        raise UnsupportedCheckpointError(
+            f"torch {torch.__version__} has no {name}",
+            why="torch does what looks at values or changes them; only a copy needs no torch",
+            fix="pip install --upgrade torch (2.7 has float8_e8m0fnu), or leave the cast out",
+        )
     return found

@@ -32,6 +32,7 @@ from nbmerge.demo.command import generate
 from nbmerge.demo.models import ARCHITECTURES, VOCABULARY, build_model
 from nbmerge.demo.tokenizer import build_tokenizer
 from nbmerge.errors import OptionError, TargetError
+from tests.support.models import HAS_CONVERSIONS
 
 
 @pytest.fixture(scope="module")
@@ -145,12 +146,9 @@ def test_the_checkpoint_lies_as_verl_lays_it_out(demo: DemoCheckpoint) -> None:
         "optim_world_size_2_rank_1.pt",
     ]
     assert json.loads((demo.path / "fsdp_config.json").read_text()) == {"FSDP_version": 2, "world_size": 2}
-    assert sorted(path.name for path in (demo.path / "huggingface").iterdir()) == [
-        "config.json",
-        "generation_config.json",
-        "tokenizer.json",
-        "tokenizer_config.json",
-    ]
+    beside = {path.name for path in (demo.path / "huggingface").iterdir()}
+    beside.discard("special_tokens_map.json")  # which transformers 5 no longer writes
+    assert beside == {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"}
 
 
 def test_saving_an_optimizer_changes_no_weight(demo: DemoCheckpoint) -> None:
@@ -163,6 +161,8 @@ def test_saving_an_optimizer_changes_no_weight(demo: DemoCheckpoint) -> None:
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_no_two_tensors_of_a_model_can_be_taken_for_each_other(arch: str) -> None:
+    if arch == "gemma4" and not HAS_CONVERSIONS:
+        pytest.skip("transformers 4 has no Gemma 4")
     state = build_model(Recipe(arch=arch)).state_dict()
     floats = [value for value in state.values() if value.is_floating_point()]
     assert len({value.flatten()[0].item() for value in floats}) == len(floats)

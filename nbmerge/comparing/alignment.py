@@ -1,7 +1,7 @@
 """Pairs the tensors of two models: by name, and where a known rule says how, under other names or shapes.
 
-Rules: wrappers' prefixes, published names against those in memory, tied output layers, padded vocabularies. What no
-rule pairs is listed.
+Rules: wrappers' prefixes, the spellings of vision towers, published names against those in memory, tied output layers,
+padded vocabularies. What no rule pairs is listed.
 """
 
 from __future__ import annotations
@@ -14,12 +14,13 @@ from nbmerge.comparing.elements import common_dtype
 from nbmerge.comparing.left_out import A, B, Mismatch, Unmatched
 from nbmerge.comparing.rolling import is_vocabulary
 from nbmerge.dtypes import DType
-from nbmerge.errors import NbmergeError, one_line
+from nbmerge.errors import NbmergeError, one_line, plural
 from nbmerge.expressions import Expr
 from nbmerge.geometry import Shape
 from nbmerge.naming.facts import ModelFacts
 from nbmerge.naming.prefixes import stripped_names
-from nbmerge.naming.published import HUB, TRANSFORMERS, name_tensors
+from nbmerge.naming.published import HUB, TRANSFORMERS, as_installed, name_tensors
+from nbmerge.naming.towers import respelled
 from nbmerge.weights import Weights
 
 
@@ -84,6 +85,13 @@ def _agree(a: _Side, b: _Side) -> bool:
     )
 
 
+def _respell(side: _Side, news: dict[str, Expr], notes: list[str]) -> None:
+    """Takes the side's tensors as another transformers would have them, and notes new names."""
+    if count := len(news.keys() - side.tensors.keys()):
+        notes.append(f"{side.label} has {plural(count, 'name')} of a vision tower as another transformers spells them")
+    side.tensors = news
+
+
 def _ask_models(sides: tuple[_Side, _Side], weights: tuple[Weights, Weights], notes: list[str]) -> None:
     """Gives both sides published names, by their own config, or by the other's where there is none."""
     known: list[ModelFacts | None] = []
@@ -96,7 +104,9 @@ def _ask_models(sides: tuple[_Side, _Side], weights: tuple[Weights, Weights], no
     for side, facts in zip(sides, (known[0] or known[1], known[1] or known[0]), strict=True):
         side.facts = facts
         if facts is None:
+            _respell(side, respelled(side.tensors, sides[0].tensors), notes)
             continue
+        _respell(side, as_installed(side.tensors, facts), notes)
         side.tensors, side.renamed = _published(side.tensors, facts)
         if side.renamed:
             notes.append(f"{side.label} has {facts.class_name}'s names in memory; compared under the published ones")

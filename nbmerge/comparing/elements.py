@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from nbmerge.dtypes import BY_NAME, DType
+from nbmerge.dtypes import BY_NAME, DType, torch_dtype
 from nbmerge.engine.read import Words, from_torch, to_torch
 
 Values = npt.NDArray[Any]
@@ -110,9 +110,8 @@ def converted(words: Words, dtype: DType, to: DType) -> Words:
 
 def rounded(words: Words, dtype: DType, to: DType) -> Words:
     """The elements rounded to a narrower floating dtype, to the nearest, ties to even, as torch rounds."""
-    import torch
 
-    target = getattr(torch, to.name)
+    target = torch_dtype(to.name)
     flat = words.reshape(-1)
     parts = [flat[i : i + _TORCH_GRAIN] for i in range(0, len(flat), _TORCH_GRAIN)]
     return np.concatenate([from_torch(to_torch(part, dtype).to(target), to) for part in parts])
@@ -133,5 +132,5 @@ def _table(name: str) -> Values:
     """The 256 values of an 8-bit floating type."""
     import torch
 
-    values: Values = torch.arange(256, dtype=torch.uint8).view(getattr(torch, name)).float().numpy()
+    values: Values = torch.arange(256, dtype=torch.uint8).view(torch_dtype(name)).float().numpy()
     return values

@@ -89,7 +89,7 @@ def _run_worker(jobs_file: Path, timeout: float) -> None:
             "a process that should have written the checkpoint failed",
             where=next((line for line in lines if line.startswith("rank ")), ""),
             why=lines[-1],
-            fix="if transformers can make a model of this recipe, install the versions that nbmerge asks for",
+            fix="choose another recipe, or install newer versions of torch and transformers",
         ) from RuntimeError(output)  # the whole traceback, for whoever looks
 
 

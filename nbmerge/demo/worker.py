@@ -48,7 +48,9 @@ def _import_frameworks(jobs: list[DemoCheckpoint]) -> None:
     from nbmerge.demo.models import architecture
 
     for job in jobs:
-        getattr(transformers, architecture(job.recipe.arch).model_class)
+        model_class = architecture(job.recipe.arch).model_class
+        if not hasattr(transformers, model_class):
+            sys.exit(f"transformers {transformers.__version__} has no {model_class}: a newer one is needed")
         if job.recipe.is_megatron:
             import nbmerge.demo.megatron.save  # noqa: F401
         if job.recipe.lora_r:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from nbmerge.dtypes import DType
+from nbmerge.dtypes import DType, torch_dtype
 from nbmerge.engine.lower import Piece, pieces
 from nbmerge.engine.sources import Sources
 from nbmerge.expressions import Cast, Compute, Expr, Fill, Paste, Permute, Reshape, Slice, Stored
@@ -68,7 +68,7 @@ def fill_word(leaf: Fill) -> Any:
         return 0
     import torch
 
-    value = torch.tensor([leaf.value], dtype=getattr(torch, leaf.dtype.name))
+    value = torch.tensor([leaf.value], dtype=torch_dtype(leaf.dtype.name))
     return value.view(torch.uint8).numpy().view(_WORDS[leaf.dtype.itemsize])[0]
 
 
@@ -141,9 +141,8 @@ def _compute(expr: Compute, region: Box, sources: Sources) -> Words:
 
 
 def _cast(values: Words, before: DType, after: DType) -> Words:
-    import torch
 
-    return from_torch(to_torch(values, before).to(getattr(torch, after.name)), after)
+    return from_torch(to_torch(values, before).to(torch_dtype(after.name)), after)
 
 
 def to_torch(values: Words, dtype: DType) -> Any:
@@ -151,7 +150,7 @@ def to_torch(values: Words, dtype: DType) -> Any:
     import torch
 
     flat = np.ascontiguousarray(values).reshape(-1).view(np.uint8)
-    return torch.from_numpy(flat).view(getattr(torch, dtype.name)).reshape(values.shape)
+    return torch.from_numpy(flat).view(torch_dtype(dtype.name)).reshape(values.shape)
 
 
 def from_torch(tensor: Any, dtype: DType) -> Words:

@@ -125,6 +125,12 @@ class Opaque(StandIn):
     __slots__ = ()
 
 
+class Enumeration(StandIn):
+    """A member of an enum: its one argument is its value, or its name where Python 3.11.0 to 3.11.3 pickled it."""
+
+    __slots__ = ()
+
+
 class TensorClass(StandIn):
     """torch.Tensor or torch.nn.Parameter, named as a type by `_rebuild_from_type_v2`."""
 
@@ -153,15 +159,15 @@ def _device(*args: Any) -> str:
 
 
 def _getattr(owner: Any, name: Any) -> Any:
-    """`getattr` as ShardedTensor's pickles use it: to name a class inside ShardedTensor's own module."""
+    """`getattr` as pickles use it, which looks nothing up.
+
+    For a class inside ShardedTensor's own module, and for members of enums: Python 3.11.0 to 3.11.3 pickles those so.
+    """
     if owner is ShardedTensor and name in ("ProcessGroupState",):
         return Opaque
-    if owner is Opaque and name in (
-        "TORCH_CONTIGUOUS_FORMAT",
-        "TORCH_CHANNELS_LAST",
-        "TORCH_PRESERVE_FORMAT",
-    ):
-        return Opaque
+    is_enum = isinstance(owner, type) and issubclass(owner, (Opaque, Enumeration))
+    if is_enum and isinstance(name, str) and name.isidentifier() and not name.startswith("_"):
+        return owner(name)
     raise TypeError(f"getattr({owner!r}, {name!r}) is not on the allow-list")
 
 

@@ -46,6 +46,11 @@ class ModelFacts:
     config: Mapping[str, Any] = field(default_factory=dict)
     turned: frozenset[str] = frozenset()
 
+    @cached_property
+    def names(self) -> frozenset[str]:
+        """Every name that the class has for a tensor, in memory or published."""
+        return frozenset({*self.memory, *self.published, *self.tied_on_hub})
+
     def is_ignored(self, name: str) -> bool:
         """Whether the class knows this published name and leaves it unloaded (multi-token prediction, say)."""
         return any(re.search(pattern, name) for pattern in self.ignored)

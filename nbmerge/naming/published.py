@@ -23,6 +23,7 @@ from nbmerge.naming.lora.keys import adapter_names
 from nbmerge.naming.notes import Drop, Filled, Tie, Trim
 from nbmerge.naming.prefixes import stripped_names
 from nbmerge.naming.towers import respelled
+from nbmerge.naming.turned import turned
 
 HUB, TRANSFORMERS = "hub", "transformers"
 
@@ -121,11 +122,10 @@ def name_tensors(
     wrote the checkpoint and recorded how they cut it.
     """
     given = given or Given()
-    known = {*facts.memory, *facts.published, *facts.tied_on_hub}
-    olds, collisions = stripped_names(tensors, known)
-    if adapters := adapter_names(olds, known):
+    olds, collisions = stripped_names(tensors, facts.names)
+    if adapters := adapter_names(olds, facts.names):
         return refused_adapters(adapters, problems=collisions)
-    sources = respelled({new: tensors[old] for new, old in olds.items()}, known)
+    sources = as_installed({new: tensors[old] for new, old in olds.items()}, facts)
     dialect = given.dialect or _dialect(sources, facts)
     tied = facts.tied if dialect == TRANSFORMERS else facts.tied_on_hub
     work = _Naming(facts, sources, tied, given, problems=collisions, ranks=ranks)
@@ -199,12 +199,17 @@ def _inverted(work: _Naming) -> dict[str, Expr]:
         return {}
 
 
+def as_installed(tensors: Mapping[str, Expr], facts: ModelFacts) -> dict[str, Expr]:
+    """The tensors of another transformers as the installed one names and turns them."""
+    return turned(respelled(tensors, facts.names), facts)
+
+
 def by_published_name(tensors: Mapping[str, Expr], facts: ModelFacts) -> dict[str, Expr]:
     """The tensors of a model's files, under published names too where the files have the names in memory.
 
     transformers saves a model under the names that it was loaded under, and accepts either.
     """
-    held = respelled(tensors, {*facts.memory, *facts.published, *facts.tied_on_hub})
+    held = as_installed(tensors, facts)
     found = dict(held)
     for name, rule in facts.published.items():
         inputs = ex.input_names(rule)

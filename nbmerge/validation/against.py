@@ -11,7 +11,7 @@ from nbmerge.expressions import Expr, Stored, input_names
 from nbmerge.loaders.hf import stored_tensors
 from nbmerge.naming.facts import ModelFacts
 from nbmerge.naming.lora.facts import ADAPTER_DIRECTORY
-from nbmerge.naming.published import by_published_name
+from nbmerge.naming.published import as_installed, by_published_name
 from nbmerge.opening import PathLike
 from nbmerge.options import expanded_path
 from nbmerge.plan import MergePlan
@@ -56,9 +56,10 @@ def against_reference(
     ours: Mapping[str, Expr], reference: Weights, facts: ModelFacts | None, *, atol: float, rtol: float
 ) -> Close:
     """The comparison with a reference model, within tolerances. Its tensors may have in-memory or published names."""
-    theirs = dict(reference.tensors)
-    if facts is not None and not ours.keys() <= theirs.keys():
-        theirs = by_published_name(theirs, facts)
+    held = as_installed(reference.tensors, facts) if facts is not None else dict(reference.tensors)
+    theirs = held
+    if facts is not None and not ours.keys() <= held.keys():
+        theirs = by_published_name(held, facts)
     comparator = Close(theirs, atol, rtol)
     if facts is not None:  # a reference may hold both of what is tied
         tied = {**facts.tied, **facts.tied_on_hub}
@@ -69,9 +70,9 @@ def against_reference(
         why="the reference is another model, or was saved without it",
         fix="pass the reference of this model",
     )
-    taken = {*ours, *comparator.stand_ins, *(_parts(ours, reference.tensors, facts) if facts is not None else ())}
+    taken = {*ours, *comparator.stand_ins, *(_parts(ours, held, facts) if facts is not None else ())}
     comparator.findings += _alone(
-        (name for name in reference.tensors if name not in taken),
+        (name for name in held if name not in taken),
         "is in the reference only",
         why="the merged model lacks it, or the reference is another model",
         fix="pass the reference of this model, or merge again",

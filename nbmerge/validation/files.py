@@ -56,7 +56,7 @@ def _of_file(subject: Subject, name: str, read: Mapping[str, Entry] | NbmergeErr
             "holds a dtype that is not known", name,
             listing(f"{tensor} is {code}" for tensor, code in unknown.items())
             + (f"; the safetensors library: {refusal}" if refusal else ""),
-            why="it is none of safetensors' dtypes" if refusal
+            why="it is none of the installed safetensors' dtypes" if refusal
             else "safetensors has the dtype; this version of nbmerge does not, so that nothing in the file is checked",
             fix="merge again with a dtype that torch has" if refusal
             else "cast these tensors, or validate with a version that knows the dtype",

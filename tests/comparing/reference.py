@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
-FLOATS = ("bfloat16", "float16", "float32", "float64", "float8_e4m3fn", "float8_e5m2", "float8_e8m0fnu")
+_FLOATS = ("bfloat16", "float16", "float32", "float64", "float8_e4m3fn", "float8_e5m2", "float8_e8m0fnu")
+FLOATS = tuple(name for name in _FLOATS if hasattr(torch, name))  # torch 2.6 has no float8_e8m0fnu
 INTEGERS = ("int8", "int16", "int32", "int64", "uint8", "bool")
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -89,7 +90,7 @@ def _steps(tensor: torch.Tensor) -> list[int]:
     found = []
     for bits in bits_of(tensor).tolist():
         word = bits % (1 << width)
-        if tensor.dtype == torch.float8_e8m0fnu:
+        if tensor.dtype == getattr(torch, "float8_e8m0fnu", None):
             found.append(word)
             continue
         magnitude = word % (1 << (width - 1))

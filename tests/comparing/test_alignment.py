@@ -16,7 +16,14 @@ from nbmerge.opening import open_checkpoint
 from nbmerge.weights import Weights, weights_of
 from tests.comparing.making import save, weights
 from tests.support.megatron_models import megatron_state, write_megatron
-from tests.support.models import memory_state, published_state, save_tiny_model, write_config, write_model_world
+from tests.support.models import (
+    HAS_CONVERSIONS,
+    memory_state,
+    published_state,
+    save_tiny_model,
+    write_config,
+    write_model_world,
+)
 
 
 def published(tmp_path: Path, family: str, **changes: object) -> Weights:
@@ -72,6 +79,7 @@ def test_published_names_meet_names_in_memory(tmp_path: Path, family: str, turne
     assert any("names in memory" in note for note in diff.notes) or a.tensors.keys() == b.tensors.keys()
 
 
+@pytest.mark.skipif(not HAS_CONVERSIONS, reason="transformers 4 keeps the experts of Mixtral one by one")
 def test_a_changed_expert_is_found_in_the_fused_tensor(tmp_path: Path) -> None:
     a, state = published(tmp_path, "mixtral"), memory_state("mixtral")
     name = next(name for name in state if name.endswith("experts.down_proj"))

@@ -236,12 +236,14 @@ def test_statistics_of_two_halves_are_those_of_the_whole() -> None:
 
 _WIDER = [("bfloat16", "float32"), ("float16", "float32"), ("float8_e4m3fn", "bfloat16"), ("float8_e5m2", "float16"),
           ("float32", "float64"), ("float8_e8m0fnu", "bfloat16")]  # fmt: skip
+_WIDER = [(narrow, wide) for narrow, wide in _WIDER if hasattr(torch, narrow)]
 
 
 @pytest.mark.parametrize(("narrow", "wide"), _WIDER)
 def test_widening_is_exact(narrow: str, wide: str) -> None:
     a = any_bits(3000, getattr(torch, narrow), 1)
-    a = a[torch.isfinite(a.to(torch.float64))]
+    words = a.view({1: torch.uint8, 2: torch.int16, 4: torch.int32}[a.itemsize])
+    a = words[torch.isfinite(a.to(torch.float64))].view(a.dtype)  # torch 2.6 picks no elements of 8-bit floats
     assert common_dtype(BY_NAME[narrow], BY_NAME[wide]) is common_dtype(BY_NAME[wide], BY_NAME[narrow])
     assert common_dtype(BY_NAME[narrow], BY_NAME[wide]) is BY_NAME[wide]
     found = converted(from_torch(a, BY_NAME[narrow]), BY_NAME[narrow], BY_NAME[wide])

@@ -14,6 +14,7 @@ from nbmerge.demo import DemoCheckpoint, differences_on_disk, differences_when_l
 from nbmerge.demo.proof import raw_tensors
 from nbmerge.errors import PlanError, UnsupportedCheckpointError
 from tests.frameworks.recipes import RECIPES, REFUSED, UNMERGED
+from tests.support.models import HAS_CONVERSIONS
 
 Checkpoints = Mapping[str, DemoCheckpoint]
 
@@ -50,8 +51,9 @@ def test_a_tied_embedding_is_written_once(checkpoints: Checkpoints, name: str, t
 
 @pytest.mark.parametrize("name", EXPERTS)
 def test_fused_experts_are_published_one_by_one(checkpoints: Checkpoints, name: str, tmp_path: Path) -> None:
-    index = nbmerge.open_checkpoint(checkpoints[name].path, progress=False)
-    assert index["model.layers.0.mlp.experts.gate_up_proj"].shape == (6, 20, 18)
+    if HAS_CONVERSIONS:
+        index = nbmerge.open_checkpoint(checkpoints[name].path, progress=False)
+        assert index["model.layers.0.mlp.experts.gate_up_proj"].shape == (6, 20, 18)
     written = raw_tensors(merged(checkpoints[name], tmp_path / "merged"))
     for expert in range(6):
         assert written[f"model.layers.0.mlp.experts.{expert}.gate_proj.weight"][1] == (10, 18)

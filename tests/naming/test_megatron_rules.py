@@ -29,7 +29,7 @@ from tests.support.megatron_models import (
 )
 from tests.support.megatron_names import to_megatron
 from tests.support.messages import assert_says
-from tests.support.models import kept_in_fp32, memory_state, published_state, tiny_config, tiny_model
+from tests.support.models import kept_in_fp32, memory_state, published_state, tied_copies, tiny_config
 from tests.support.results import assert_same, bits, bits_of, bits_of_all, receipt_of, saved_bits
 
 EMBEDDING, OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"
@@ -360,6 +360,6 @@ def test_the_other_dialect_is_the_models_state_in_memory(tmp_path: Path, model: 
     """Experts packed, names without the hub's history; tied copies are left out there too."""
     state = singleton(megatron_state(model), plain=("vision_model.",))
     merge_megatron(tmp_path, state, model, dialect="transformers")
-    left_out = tiny_model(model).all_tied_weights_keys
+    left_out = tied_copies(model)
     want = {name: tensor for name, tensor in memory_state(model).items() if name not in left_out}
     assert_same(saved_bits(tmp_path / "out"), bits_of_all(want))

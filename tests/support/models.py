@@ -192,6 +192,13 @@ def memory_state(name: str, dtype: str = "float32") -> dict[str, torch.Tensor]:
     return {key: value.detach().clone() for key, value in tiny_model(name, dtype).state_dict().items()}
 
 
+def tied_copies(name: str) -> set[str]:
+    """The in-memory names whose tensor is that of an earlier name: what is tied, whichever transformers says how."""
+    firsts: dict[int, str] = {}
+    tensors = tiny_model(name).state_dict(keep_vars=True)
+    return {key for key, tensor in tensors.items() if firsts.setdefault(id(tensor), key) != key}
+
+
 def kept_in_fp32(name: str, tensors: Iterable[str]) -> set[str]:
     """Which of the tensors the installed transformers keeps in fp32 beside bf16 weights: releases differ."""
     kept = {*(tiny_model(name)._keep_in_fp32_modules_strict or ()), "e_score_correction_bias"}

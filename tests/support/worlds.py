@@ -17,6 +17,8 @@ from typing import Any
 import torch
 
 State = Mapping[str, Any]
+HAS_UNEVEN_TP = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 7)
+"""Whether the installed torch shards by FSDP what tensor parallelism has cut unevenly."""
 
 
 def rank_file(directory: Path, world_size: int, rank: int) -> Path:

@@ -16,11 +16,12 @@ from nbmerge.receipt import receipt, sha256_of
 from nbmerge.validation.findings import ERROR, FAILED, PASSED, SKIPPED, WARNED, WARNING
 from nbmerge.validation.recorded import ReceiptCheck
 from tests.support.messages import assert_says
-from tests.support.models import save_tiny_model, write_model_world
+from tests.support.models import HAS_CONVERSIONS, save_tiny_model, write_model_world
 from tests.validation.directories import edit_json, only, run, sentences, write_tokenizer
 
 RECEIPT = "nbmerge_receipt.json"
-ROPE = {"rope_type": "default", "rope_theta": 3.0}
+# The key of the rotary embedding under transformers 5, and under 4.
+ROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 3.0}} if HAS_CONVERSIONS else {"rope_theta": 3.0}
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +61,7 @@ def permute(directory: Path) -> None:
 
 CHANGES: list[tuple[str, Callable[[Path], object], str, str]] = [
     ("config.json", lambda d: edit_json(d / "config.json", rms_norm_eps=0.5), ERROR, "rms_norm_eps 0.5 here"),
-    ("config.json", lambda d: edit_json(d / "config.json", rope_parameters=ROPE), ERROR, "rope_theta 3.0 here, 10000"),
+    ("config.json", lambda d: edit_json(d / "config.json", **ROPE), ERROR, "rope_theta 3.0 here, 10000"),
     ("config.json", lambda d: edit_json(d / "config.json", auto_map={"AutoModel": "x.Y"}), ERROR, "absent there"),
     ("tokenizer.json", permute, ERROR, "model.vocab."),
     ("modeling_own.py", lambda d: (d / "modeling_own.py").write_text("A = 2\n"), ERROR, "not the same"),

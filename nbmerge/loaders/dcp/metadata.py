@@ -21,7 +21,7 @@ from nbmerge.errors import (
 )
 from nbmerge.geometry import Box, Shape
 from nbmerge.loaders.rank_shards import begins_as_safetensors
-from nbmerge.loaders.standins import Function, StandIn
+from nbmerge.loaders.standins import Function, Opaque, StandIn
 from nbmerge.loaders.unpickle import InertUnpickler, run
 
 METADATA = ".metadata"
@@ -134,7 +134,7 @@ class _Properties(StandIn):
             self.attributes["dtype"] = state.get("dtype")
 
 
-class _Ignored(StandIn):
+class _Ignored(Opaque):
     """The plan that wrote the checkpoint, paths of the training machine and the like: all one object, never kept."""
 
     __slots__ = ()

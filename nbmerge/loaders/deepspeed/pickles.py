@@ -8,14 +8,8 @@ from typing import Any
 
 from nbmerge.errors import UnsupportedCheckpointError
 from nbmerge.loaders.megatron.pickles import ALLOWED as CARRIED  # arrays and options in the user's client state
-from nbmerge.loaders.standins import Function, Opaque, StandIn, StateDict
+from nbmerge.loaders.standins import Enumeration, Function, Opaque, StateDict
 from nbmerge.loaders.unpickle import load_torch_file
-
-
-class Enumeration(StandIn):
-    """A member of an enum class of numbers: its value is the one argument."""
-
-    __slots__ = ()
 
 
 def _without_factory(*_: Any) -> StateDict:
@@ -23,6 +17,7 @@ def _without_factory(*_: Any) -> StateDict:
     return StateDict()
 
 
+_STAGES = {"disabled": 0, "optimizer_states": 1, "gradients": 2, "weights": 3}  # deepspeed/runtime/zero/config.py
 _CLASSES = {
     "collections": ("Counter",),  # of torch's MultiStepLR
     "deepspeed.runtime.fp16.loss_scaler": (
@@ -52,7 +47,8 @@ def read(path: Path, *, trust_pickle: bool) -> Mapping[str, Any]:
 
 
 def number(value: Any) -> int | None:
-    """A whole number, or a member of an enum of them; None for anything else."""
+    """A whole number, or a stage of ZeRO; None for anything else."""
     if isinstance(value, Enumeration) and len(value.args) == 1:
         value = value.args[0]
+        value = _STAGES.get(value) if isinstance(value, str) else value
     return value if isinstance(value, int) and not isinstance(value, bool) else None

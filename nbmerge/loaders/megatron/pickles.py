@@ -25,6 +25,8 @@ def _carried(*args: Any) -> Opaque:
     return made
 
 
+# A signal by its own name, as Python up to 3.10 pickles it: Megatron-LM's `exit_signal`.
+_SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2", "SIGHUP", "SIGQUIT", "SIGALRM", "SIGCONT", "SIGABRT", "SIGXCPU")
 _CLASSES = {
     "_io": ("BytesIO",),  # extra states of transformer_engine 1.x
     "datetime": ("datetime", "timedelta"),
@@ -42,7 +44,8 @@ _CLASSES = {
     "numpy": ("dtype", "ndarray"),
     "numpy.dtypes": ("Float32DType", "Float64DType", "Int64DType", "UInt32DType"),
     "pathlib": ("Path", "PosixPath", "PurePosixPath"),
-    "signal": ("Signals",),
+    "pathlib._local": ("Path", "PosixPath", "PurePosixPath"),  # since Python 3.13
+    "signal": ("Signals", *_SIGNALS),
     "types": ("SimpleNamespace",),
 }  # fmt: skip
 _FUNCTIONS = (

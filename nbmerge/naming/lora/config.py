@@ -71,13 +71,15 @@ def most_common_rank(fitted: Sequence[Fitted]) -> int:
 def _sizes(fitted: Sequence[Fitted], settings: Settings) -> dict[str, Any]:
     """r, lora_alpha and the patterns of modules with others."""
     r = settings.r if settings.r is not None else most_common_rank(fitted)
-    known = dict(settings.values.get("rank_pattern") or {})
-    if not known:
-        known = {each.target: each.kind.r for each in fitted if each.kind.r != r}
-    return {
-        "r": r, "lora_alpha": settings.values["lora_alpha"], "rank_pattern": known,
-        "alpha_pattern": dict(settings.values.get("alpha_pattern") or {}),
-    }  # fmt: skip
+    alpha = settings.values["lora_alpha"]
+    ranks = dict(settings.values.get("rank_pattern") or {})
+    alphas = dict(settings.values.get("alpha_pattern") or {})
+    respelled = any(each.layer.trained for each in fitted)  # then the files' patterns may fit no name any more
+    if respelled or not ranks:
+        ranks = {each.target: each.kind.r for each in fitted if each.kind.r != r}
+    if respelled:
+        alphas = {each.target: each.kind.alpha for each in fitted if each.kind.alpha != alpha}
+    return {"r": r, "lora_alpha": alpha, "rank_pattern": ranks, "alpha_pattern": alphas}
 
 
 def _targets(fitted: Sequence[Fitted], settings: Settings, modules: Iterable[str]) -> str | list[str]:

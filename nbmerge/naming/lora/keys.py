@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from nbmerge.expressions import Expr
+from nbmerge.naming.towers import respelled
 
 MODEL_PREFIX = "base_model.model."  # PeftModel holds a tuner as `base_model`, which holds the model as `model`
 DEFAULT = "default"
@@ -33,11 +34,13 @@ _ANY = re.compile(
 class Layer:
     """The tensors of an adapter at one module. module: as peft names it, `base_layer` of nested wrappers included.
 
-    parts: `lora_A`, `lora_B`, `lora_B.bias`, `lora_embedding_A`, `lora_embedding_B`, `lora_magnitude_vector`.
+    parts: `lora_A`, `lora_B`, `lora_B.bias`, `lora_embedding_A`, `lora_embedding_B`, `lora_magnitude_vector`;
+    trained: the module's name while it trained, where the installed transformers spells it otherwise.
     """
 
     module: str
     parts: dict[str, Expr] = field(default_factory=dict)
+    trained: str = ""
 
     @property
     def plain(self) -> str:
@@ -130,6 +133,14 @@ class Adapted:
             if (module := name.rpartition(".")[0]) in complete:
                 self.save(adapter, module, name, self.model.pop(name))
 
+    def respell(self, known: Collection[str]) -> None:
+        """Gives vision towers the names that the model has for them. known: the model's names."""
+        modules = {module for name in known for module in ancestors(name)}
+        self.model = respelled(self.model, known)
+        self.saved = {adapter: respelled(tensors, known) for adapter, tensors in self.saved.items()}
+        self.whole = {adapter: set(respelled(dict.fromkeys(names), modules)) for adapter, names in self.whole.items()}
+        self.layers = {adapter: _respelled(layers.values(), modules) for adapter, layers in self.layers.items()}
+
     def _untaken(self, adapter: str) -> list[str]:
         """The model's tensors, without the originals of modules that were trained whole."""
         return [name for name in self.model if name not in self.saved.get(adapter, ())]
@@ -184,6 +195,19 @@ def take_apart(tensors: Mapping[str, Expr], known: Container[str] = ()) -> Adapt
         if is_first(name, plain):
             found.model[plain] = expr
     return found
+
+
+def _respelled(layers: Collection[Layer], modules: Collection[str]) -> dict[str, Layer]:
+    """The layers by module, as the model spells those. modules: all that it has."""
+    plains = {layer.plain: layer.plain for layer in layers if layer.module.startswith(layer.plain)}
+    news = {old: new for new, old in respelled(plains, modules).items() if new != old}
+    found = (
+        Layer(news[layer.plain] + layer.module.removeprefix(layer.plain), layer.parts, trained=layer.plain)
+        if layer.plain in news
+        else layer
+        for layer in layers
+    )
+    return {layer.module: layer for layer in found}
 
 
 def ancestors(name: str) -> Iterator[str]:

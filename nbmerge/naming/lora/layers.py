@@ -35,6 +35,12 @@ class Fitted:
         """The name that peft's patterns are of: the parameter's where it adapts one, else the module's."""
         return self.weight if self.is_parameter else self.layer.plain
 
+    @property
+    def trained(self) -> str:
+        """The target's name while it trained, which the files' patterns are of."""
+        own = self.layer.plain
+        return (self.layer.trained or own) + self.target.removeprefix(own)
+
 
 def fit(
     layers: Iterable[Layer], settings: Settings, facts: ModelFacts, shape_of: Callable[[str], Shape | None]
@@ -78,7 +84,7 @@ def _fit(
     made = Fitted(layer, name, Kind(how, r, 1, settings.use_rslora, layer.magnitude is not None, is_turned))
     if not is_size(settings.values.get("lora_alpha")):  # there is a problem already, and no fold is made of this
         return made
-    return replace(made, kind=replace(made.kind, alpha=settings.alpha_of(made.target)))
+    return replace(made, kind=replace(made.kind, alpha=settings.alpha_of(made.trained)))
 
 
 def _candidates(layer: Layer, facts: ModelFacts, shape_of: Callable[[str], Shape | None]) -> dict[str, Shape]:
@@ -134,7 +140,7 @@ def _contradictions(fitted: list[Fitted], settings: Settings) -> list[Problem]:
     wrong = {
         each.target: (each.kind.r, said)
         for each in fitted
-        if (said := settings.rank_of(each.target)) is not None and said != each.kind.r
+        if (said := settings.rank_of(each.trained)) is not None and said != each.kind.r
     }
     if wrong:
         name, (held, said) = next(iter(wrong.items()))

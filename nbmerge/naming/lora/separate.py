@@ -64,9 +64,8 @@ def separated(
 ) -> Separated:
     """The tensors of a checkpoint with an adapter, as options.lora asks. Raises OptionError for a wrong lora_config."""
     facts = model.facts
-    known = {*facts.memory, *facts.published, *facts.tied_on_hub}
-    olds, collisions = stripped_names(tensors, known)
-    parts = take_apart({new: tensors[old] for new, old in olds.items()}, known)
+    olds, collisions = stripped_names(tensors, facts.names)
+    parts = take_apart({new: tensors[old] for new, old in olds.items()}, facts.names)
     settings = read_settings(_places(checkpoint), options.lora_config, options.lora_alpha)
     lone = checkpoint.path if checkpoint.is_adapter else None
     if problems := [*collisions, *refusals.unreadable(parts, options.lora, checkpoint.path, is_alone=lone is not None)]:
@@ -74,6 +73,9 @@ def separated(
         return Separated(problems=tuple(others or problems))
     adapter = DEFAULT if DEFAULT in parts.adapters else parts.adapters[0]
     is_alone = lone is not None or not parts.holds_model(adapter)
+    if is_alone and (ends := settings.values.get("modules_to_save")):
+        parts.set_saved(adapter, ends)  # the files have the names of training
+    parts.respell(facts.names)
     if is_alone:
         settings = _take_trained(parts, adapter, settings, facts, is_loaded=lone is not None)
     work = _Work(parts, adapter, settings, facts, options, base, is_alone, lone)
@@ -341,8 +343,6 @@ def _take_trained(parts: Adapted, adapter: str, settings: Settings, facts: Model
     is_loaded: whether it is peft's directory, whose file names all that was trained; other modules are the model's,
     saved with the adapter (peft's save_embedding_layers). Returns the settings, with `bias` where only names told it.
     """
-    if ends := settings.values.get("modules_to_save"):
-        parts.set_saved(adapter, ends)
     if not (is_loaded and settings.base):
         parts.set_complete(adapter, [*facts.memory, *facts.published])
     biases = {module for module, _, end in (name.rpartition(".") for name in parts.model) if end == "bias"}
