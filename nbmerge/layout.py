@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from nbmerge import expressions as ex
 from nbmerge.dtypes import DType
@@ -32,9 +32,11 @@ class Chunk:
     replicas: tuple[tuple[int, Stored], ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class MeshAxis:
-    """A dimension of the device mesh that a tensor lies on: its name, its size, and how it cuts the tensor."""
+class MeshAxis(NamedTuple):
+    """A dimension of the device mesh that a tensor lies on: its name, its size, and how it cuts the tensor.
+
+    A tuple, because every tensor has one or more, and views group a hundred thousand of them by their meshes.
+    """
 
     name: str
     size: int

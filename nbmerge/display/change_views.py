@@ -81,8 +81,8 @@ def _fills_table(plan: MergePlan) -> Table:
     why = {fill.name: fill for fill in plan.fills}
     rows = []
     for group in groups[:_ROWS]:
-        fill = why[group.members[0]]
-        cells = (words.elide(group.name), f"{len(group.members):,}", words.elide(fill.origin))
+        fill = why[group.first]
+        cells = (words.elide(group.name), f"{group.count:,}", words.elide(fill.origin))
         rows.append((*map(Cell, cells), Cell(words.elide(fill.reason, 120))))
     columns = (Column("tensor", code=True), Column("tensors", number=True), Column("filled with"), Column("why"))
     title = f"{plural(len(plan.fills), 'fill')}: not in the checkpoint, and written"
@@ -129,6 +129,6 @@ def _names_table(
     columns += [Column(reason, code=rest == ".ties")] if reason else []
     rows = []
     for group in groups[:_ROWS]:
-        cells = [Cell(words.elide(group.name)), Cell(f"{len(group.members):,}")]
+        cells = [Cell(words.elide(group.name)), Cell(f"{group.count:,}")]
         rows.append((*cells, Cell(words.elide(str(group.key), 120))) if reason else tuple(cells))
     return Table(tuple(columns), tuple(rows), title, max(len(groups) - _ROWS, 0), "rows", rest)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ from nbmerge.display import words
 from nbmerge.display.change_views import change_tables, changes_in_words
 from nbmerge.display.checkpoint_views import dtypes_in_words, problem_alerts
 from nbmerge.display.model import ATTENTION, Alert, Cell, Column, Fact, Section, Table, View
+from nbmerge.dtypes import BY_NAME
 from nbmerge.errors import ConfigError, listing, plural
 from nbmerge.layout import Checkpoint, Drift
 from nbmerge.naming.lora.facts import ADAPTER_DIRECTORY
@@ -152,10 +154,10 @@ def _sources(checkpoint: Checkpoint) -> Iterator[Fact]:
 
 
 def _dtypes(plan: MergePlan) -> str:
+    forms = Counter((one.expr.shape, one.expr.dtype.name) for file in plan.weight_files for one in file.tensors)
     nbytes: Counter[str] = Counter()
-    for file in plan.weight_files:
-        for tensor in file.tensors:
-            nbytes[tensor.expr.dtype.name] += tensor.nbytes
+    for (shape, dtype), count in forms.items():
+        nbytes[dtype] += count * math.prod(shape) * BY_NAME[dtype].itemsize
     return (dtypes_in_words(nbytes, plan.data_bytes) or "none") + ("" if plan.casts else ", as stored")
 
 

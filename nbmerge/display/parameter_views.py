@@ -26,7 +26,7 @@ class Parameters:
 
     @property
     def count(self) -> int:
-        return len(self.group.members)
+        return self.group.count
 
     @property
     def nbytes(self) -> int:
@@ -35,8 +35,8 @@ class Parameters:
 
 def parameters_of(tensors: Mapping[str, LazyTensor]) -> list[Parameters]:
     """The tensors of a checkpoint, alike ones together."""
-    named = ((name, (t.shape, t.dtype.name, t.mesh, len(t.chunks))) for name, t in tensors.items())
-    return [Parameters(group, tensors[group.members[0]]) for group in collapse(named)]
+    named = ((name, (t.expr.shape, t.expr.dtype, t.mesh, len(t.chunks))) for name, t in tensors.items())
+    return [Parameters(group, tensors[group.first]) for group in collapse(named)]
 
 
 def parameters_section(checkpoint: Checkpoint, parameters: Sequence[Parameters], total: int) -> Section:

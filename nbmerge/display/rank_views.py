@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from nbmerge.display import words
@@ -31,7 +33,6 @@ class _Held:
     layers: set[int] = field(default_factory=set)
     experts: set[int] = field(default_factory=set)
     beside: dict[str, None] = field(default_factory=dict)
-    file: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,23 +56,11 @@ class _Axes:
         module = "" if layer else ".".join(name.split(".")[-2:-1])
         return _Axes(layer_number, expert_number, layer_dim, expert_dim, module)
 
-    def note(self, held: _Held, box: Box) -> None:
-        """Writes down what the box is of."""
-        if self.layer is not None:
-            held.layers.add(self.layer)
-        elif self.layer_dim is not None:
-            held.layers.update(_along(box, self.layer_dim))
-        if self.expert is not None:
-            held.experts.add(self.expert)
-        elif self.expert_dim is not None:
-            held.experts.update(_along(box, self.expert_dim))
-        if self.module:
-            held.beside.setdefault(self.module)
 
-
-def _along(box: Box, dim: int) -> range:
-    """The indices of a dimension that the box holds; none of a dimension that it has not."""
-    return range(box.offset[dim], box.offset[dim] + box.shape[dim]) if dim < len(box.shape) else range(0)
+def _along(pieces: Iterable[tuple[int, Box]], dim: int) -> Iterator[tuple[int, range]]:
+    """Ranks with the indices of a dimension that they hold; none of a dimension that the boxes have not."""
+    spans = {(rank, box.offset[dim], box.shape[dim]) for rank, box in pieces if dim < len(box.shape)}
+    return ((rank, range(start, start + size)) for rank, start, size in spans)
 
 
 def ranks_section(checkpoint: Checkpoint) -> Iterator[Section]:
@@ -86,7 +75,7 @@ def ranks_section(checkpoint: Checkpoint) -> Iterator[Section]:
     yield Section(
         "Ranks",
         f"what each of {plural(len(held), 'rank')} {'wrote' if once else 'holds'}",
-        tables=(_table(held, once=once),),
+        tables=(_table(held, {} if once else _files(checkpoint)),),
         notes=(_WROTE,) if once else (),
         opened=len(held) <= _OPENED,
     )
@@ -96,21 +85,38 @@ _WROTE = "one copy of everything is stored: what several ranks held is counted a
 
 
 def _add(held: dict[int, _Held], tensor: LazyTensor) -> None:
-    axes = _Axes.of(tensor.name)
-    for chunk in tensor.chunks:
-        numel = chunk.box.numel
-        if not numel:
-            continue
-        nbytes = numel * chunk.stored.dtype.itemsize
-        for rank, stored in ((chunk.rank, chunk.stored), *chunk.replicas):
-            one = held.get(rank) or held.setdefault(rank, _Held())
-            one.pieces += 1
-            one.nbytes += nbytes
-            one.file = one.file or stored.file
-            axes.note(one, chunk.box)
+    """Adds what each rank holds of the tensor. An index has tens of thousands of pieces: each is looked at once."""
+    filled = [chunk for chunk in tensor.chunks if 0 not in chunk.box.shape]
+    pieces = [(chunk.rank, chunk.box) for chunk in filled]
+    pieces += [(rank, chunk.box) for chunk in filled for rank, _ in chunk.replicas]
+    axes, itemsize = _Axes.of(tensor.name), tensor.dtype.itemsize
+    for (rank, shape), count in Counter((rank, box.shape) for rank, box in pieces).items():
+        one = held.get(rank) or held.setdefault(rank, _Held())
+        one.pieces += count
+        one.nbytes += count * math.prod(shape) * itemsize
+        if axes.layer is not None:
+            one.layers.add(axes.layer)
+        if axes.expert is not None:
+            one.experts.add(axes.expert)
+        if axes.module:
+            one.beside.setdefault(axes.module)
+    if axes.layer_dim is not None:
+        for rank, found in _along(pieces, axes.layer_dim):
+            held[rank].layers.update(found)
+    if axes.expert_dim is not None:
+        for rank, found in _along(pieces, axes.expert_dim):
+            held[rank].experts.update(found)
 
 
-def _table(held: dict[int, _Held], *, once: bool) -> Table:
+def _files(checkpoint: Checkpoint) -> dict[int, str]:
+    """A file of each rank."""
+    chunks = [chunk for tensor in checkpoint.tensors.values() for chunk in tensor.chunks]
+    held = {chunk.rank: chunk.stored.file for chunk in chunks}
+    return held | {rank: stored.file for chunk in chunks for rank, stored in chunk.replicas}
+
+
+def _table(held: dict[int, _Held], files: Mapping[int, str]) -> Table:
+    """files: whose name tells a rank's directory; none where the ranks have no files of their own."""
     total = sum(one.nbytes for one in held.values())
     has_experts = any(one.experts for one in held.values())
     columns = [Column("rank"), Column("layers")]
@@ -119,7 +125,7 @@ def _table(held: dict[int, _Held], *, once: bool) -> Table:
                 Column("share", number=True)]  # fmt: skip
     rows = []
     for rank, one in sorted(held.items())[:_RANKS]:
-        name = f"{rank:,}" if once else f"{rank:,} ({file_label(one.file).partition('/')[0]})"
+        name = f"{rank:,}" + (f" ({file_label(files[rank]).partition('/')[0]})" if files else "")
         beside = listing(one.beside, shown=3) if one.beside else "·"
         texts = [words.elide(name, 40), numbers_in_words(one.layers)]
         texts += [numbers_in_words(one.experts)] if has_experts else []

@@ -32,8 +32,9 @@ def run_view(run: Run) -> View:
 def _sentence(run: Run) -> str:
     whole = sum(each.is_whole for each in run)
     steps = f" of {plural(len(run.steps), 'step')}" if run.steps else ""
-    broken = f", {len(run) - whole:,} not" if whole < len(run) else ""
-    unopened = f", {len(run.unopened):,} of lower steps not opened" if run.unopened else ""
+    broken = f", {len(run) - whole:,} not whole" if whole < len(run) else ""
+    lower = "a lower step" if len(run.unopened) == 1 else "lower steps"
+    unopened = f", {len(run.unopened):,} of {lower} not opened" if run.unopened else ""
     count = plural(len(run) + len(run.unopened), "directory")
     return f"{count}{steps} in {words.elide(run.path.resolve().name)}: {whole:,} whole{broken}{unopened}"
 

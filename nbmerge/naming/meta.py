@@ -32,7 +32,7 @@ def model_facts(source: ModelDirectory) -> ModelFacts:
         except Exception as error:  # a conversion that the recorder cannot follow
             raise ConfigError(
                 f"transformers' own conversion of {type(model).__name__} cannot be followed: "
-                f"{type(error).__name__}: {error}".splitlines()[0],
+                f"{type(error).__name__}: {' '.join(str(error).split())}",
                 where=str(source.config_dir / "config.json"),
                 fix="report it with the versions of nbmerge and transformers",
             ) from error
@@ -91,7 +91,7 @@ def _meta_model(source: ModelDirectory) -> Any:
     except Exception as error:  # a config can break a class in any way
         later = later_config(source.config)
         raise ConfigError(
-            f"no model can be made of the config: {type(error).__name__}: {error}".splitlines()[0],
+            f"no model can be made of the config: {type(error).__name__}: {' '.join(str(error).split())}",
             where=where,
             why=later.what if later else "",
             fix=later.fix

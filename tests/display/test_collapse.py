@@ -4,7 +4,7 @@ from nbmerge.display.collapse import collapse
 
 
 def _names(names: list[str]) -> list[tuple[str, int]]:
-    return [(group.name, len(group.members)) for group in collapse((name, None) for name in names)]
+    return [(group.name, group.count) for group in collapse((name, None) for name in names)]
 
 
 def test_the_same_tensor_of_all_layers_is_one_row() -> None:

@@ -23,6 +23,15 @@ from nbmerge.tracing import Copy, Location
 HOSTILE = '<img src=x onerror="alert(1)">\x1b[2J‮.layers.0.weight'
 
 
+LOCATION = Location(
+    "model.layers.1.self_attn.k_proj.weight", (64, 64), (3, 5), BY_NAME["bfloat16"],
+    source="decoder.layers.self_attention.linear_qkv.weight", source_index=(1, 35, 5),
+    file=Path("/run/__0_1.distcp"), offset=23_346, nbytes=4, stored_dtype=BY_NAME["float32"], rank=2,
+    box=Box((1, 0, 0), (1, 128, 64)), shard_index=(0, 35, 5), copies=(Copy(3, Path("/run/x"), 9),),
+    steps=("cast from float32 to bfloat16",),
+)  # fmt: skip
+
+
 def _tables(view: View) -> list[list[list[str]]]:
     return [[[c.text for c in row] for row in table.rows] for section in view.sections for table in section.tables]
 
@@ -124,16 +133,8 @@ class TestAnExplanation:
 
 
 class TestALocation:
-    FOUND = Location(
-        "model.layers.1.self_attn.k_proj.weight", (64, 64), (3, 5), BY_NAME["bfloat16"],
-        source="decoder.layers.self_attention.linear_qkv.weight", source_index=(1, 35, 5),
-        file=Path("/run/__0_1.distcp"), offset=23_346, nbytes=4, stored_dtype=BY_NAME["float32"], rank=2,
-        box=Box((1, 0, 0), (1, 128, 64)), shard_index=(0, 35, 5), copies=(Copy(3, Path("/run/x"), 9),),
-        steps=("cast from float32 to bfloat16",),
-    )  # fmt: skip
-
     def test_says_file_byte_rank_and_the_place_in_the_shard(self):
-        view = view_of(self.FOUND)
+        view = view_of(LOCATION)
         facts = {fact.label: fact.value for fact in view.facts}
         assert view.sentence == (
             "model.layers.1.self_attn.k_proj.weight[3, 5] is at byte 23,346 of __0_1.distcp of rank 2, 4 bytes"
@@ -153,6 +154,6 @@ class TestALocation:
         assert {fact.label: fact.value for fact in view.facts}["made from"] == "a.weight, b.weight"
 
     def test_of_a_hostile_name_is_escaped(self):
-        view = view_of(replace(self.FOUND, name=HOSTILE, source=HOSTILE, file=Path("/run/\x1b[2J<b>")))
+        view = view_of(replace(LOCATION, name=HOSTILE, source=HOSTILE, file=Path("/run/\x1b[2J<b>")))
         html, text = render_html(view), render_text(view)
         assert "<img" not in html and "<b>[" not in html and "\x1b" not in html + text

@@ -15,7 +15,7 @@ from nbmerge.validation.findings import WARNING, CheckResult, Finding, Outcome
 from tests.support.messages import assert_says, refusal
 
 _HOSTILE = "a.<img src=x onerror=alert(1)>.</style><script>alert(2)</script>.\x1b[31m\u202e'\"&.weight"
-_LOST = [
+LOST = [
     Finding("differs from the checkpoint", f"model.layers.{n}.mlp.up_proj.weight", f"{n} of 9", "why so", "merge again")
     for n in range(64)
 ]
@@ -50,7 +50,7 @@ def test_a_clean_report_says_what_was_proven_and_what_was_not():
 
 
 def test_findings_of_one_kind_are_told_once_with_three_of_them():
-    view = view_of(made(result("source", *_LOST)))
+    view = view_of(made(result("source", *LOST)))
     (alert,) = view.alerts
     assert alert.kind == PROBLEM
     assert alert.what == "source: 64 tensors share this problem: differs from the checkpoint"
@@ -75,18 +75,18 @@ def test_many_kinds_are_cut_and_said():
 
 
 def test_failing_raises_with_all_errors():
-    message = refusal(VerificationError, made(result("source", *_LOST)).raise_if_failed)
+    message = refusal(VerificationError, made(result("source", *LOST)).raise_if_failed)
     assert_says(message, "/out/merged is not valid: 64 errors", "model.layers.0.mlp.up_proj.weight differs", "61 more")
 
 
 def test_the_data_frame_has_a_row_for_each_finding_and_each_check_without_any():
     frame = made(
-        result("files"), result("source", *_LOST[:2]), result("one", ran=False, said="no reference")
+        result("files"), result("source", *LOST[:2]), result("one", ran=False, said="no reference")
     ).to_dataframe()
     assert list(frame.columns) == ["check", "status", "severity", "subject", "what", "detail", "why", "fix"]
     assert frame["check"].tolist() == ["files", "source", "source", "one"]
     assert frame["status"].tolist() == ["passed", "failed", "failed", "not run"]
-    assert frame["subject"].tolist()[1:3] == [finding.subject for finding in _LOST[:2]]
+    assert frame["subject"].tolist()[1:3] == [finding.subject for finding in LOST[:2]]
     assert frame["what"].tolist()[3] == "no reference"
 
 

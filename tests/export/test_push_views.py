@@ -11,34 +11,34 @@ from nbmerge.display.text import render_text
 from nbmerge.display.views import view_of
 
 _HOSTILE = "a.<img src=x onerror=alert(1)>.</style><script>alert(2)</script>.\x1b[31m\u202e'\"&"
-_REPORT = PushReport(
+REPORT = PushReport(
     "me/model", "main", "https://huggingface.co/me/model", "0123abcd", ("config.json", "model.safetensors"), 5_000,
     ("notes.pdf",), "written", seconds=2.5,
 )  # fmt: skip
 
 
 def test_text_and_html_say_where_it_is_what_went_and_what_stayed():
-    view = view_of(_REPORT)
+    view = view_of(REPORT)
     assert view.sentence == "uploaded 2 files, 5.00 kB, to me/model"
     assert view.alerts == ()
     for shown in (render_text(view), render_html(view)):
-        for words in (_REPORT.url, "0123abcd", "written from the receipt", "notes.pdf", "model.safetensors", "2.50 s"):
+        for words in (REPORT.url, "0123abcd", "written from the receipt", "notes.pdf", "model.safetensors", "2.50 s"):
             assert words in shown
 
 
 def test_weights_that_were_left_in_the_repository_are_an_alert_with_the_remedy():
-    (alert,) = view_of(replace(_REPORT, stale=("old.safetensors",))).alerts
+    (alert,) = view_of(replace(REPORT, stale=("old.safetensors",))).alerts
     assert alert.kind == ATTENTION
     assert "old.safetensors" in alert.what
     assert "--replace" in dict(alert.details)["fix"]
-    deleted = view_of(replace(_REPORT, removed=("old.safetensors",)))
+    deleted = view_of(replace(REPORT, removed=("old.safetensors",)))
     assert deleted.alerts == ()
     assert "old.safetensors deleted in the same commit" in render_text(deleted)
 
 
 def test_names_from_a_directory_and_a_repository_make_no_html():
     hostile = replace(
-        _REPORT, repo_id=_HOSTILE, revision=_HOSTILE, url=_HOSTILE, files=(_HOSTILE,) * 900,
+        REPORT, repo_id=_HOSTILE, revision=_HOSTILE, url=_HOSTILE, files=(_HOSTILE,) * 900,
         left_out=(_HOSTILE,) * 900, stale=(_HOSTILE,) * 900,
     )  # fmt: skip
     html, text = hostile._repr_html_(), repr(hostile)
@@ -50,8 +50,8 @@ def test_names_from_a_directory_and_a_repository_make_no_html():
 
 
 def test_the_lines_that_load_it_fit_the_model():
-    critic = view_of(replace(_REPORT, architecture="Qwen2ForTokenClassification", revision="v2")).code
+    critic = view_of(replace(REPORT, architecture="Qwen2ForTokenClassification", revision="v2")).code
     assert critic[-1] == "model = AutoModelForTokenClassification.from_pretrained('me/model', revision='v2')"
-    split = view_of(replace(_REPORT, architecture="Qwen2ForCausalLM", files=("lora_adapter/adapter_config.json",))).code
+    split = view_of(replace(REPORT, architecture="Qwen2ForCausalLM", files=("lora_adapter/adapter_config.json",))).code
     assert split[-1] == "model = PeftModel.from_pretrained(model, 'me/model', subfolder='lora_adapter')"
-    assert view_of(replace(_REPORT, architecture="MyOwnThing")).code == ()
+    assert view_of(replace(REPORT, architecture="MyOwnThing")).code == ()
