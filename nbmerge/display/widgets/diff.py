@@ -18,7 +18,8 @@ from nbmerge.display.fit import fit
 from nbmerge.display.html import render_html
 from nbmerge.display.model import Cell, Column, Section, View
 from nbmerge.display.sparklines import magnitude_line
-from nbmerge.display.widgets.explorer import Explorer, html, labelled
+from nbmerge.display.widgets.explorer import Explorer, bar, html, labelled
+from nbmerge.display.widgets.keys import keyed
 from nbmerge.display.widgets.histograms import update_sections
 from nbmerge.display.widgets.table import Picker, sized
 from nbmerge.errors import plural
@@ -43,16 +44,17 @@ class DiffExplorer(Explorer):
         self._part: list[TensorDiff] = []
         self._together = Statistics()
         self.layer = labelled(
-            widgets.SelectionSlider, "Layer", options=list(_layers(diff)), layout=sized("min(560px, 100%)")
+            widgets.SelectionSlider, "Layer", options=list(_layers(diff)), layout=sized("480px")
         )
         kinds = sorted(diff.by_kind, key=kind_order)
         options = [("all modules", _EVERY), *((words.elide(kind, 60), kind) for kind in kinds)]
         self.module = labelled(widgets.Dropdown, "Module", options=options, layout=sized("320px"))
         self.detail = html()
-        self.picker = Picker(_COLUMNS, self._cells, self._on_choice, "largest updates")
+        self.detail.add_class("nbm-side")
+        self.picker = Picker(_COLUMNS, self._cells, self._on_choice, "largest updates", len(diff.tensors) + 1)
         head = View("Model diff", words.elide(diff.sentence, 2 * words.PROSE_LIMIT), alerts=tuple(diff_alerts(diff)))
-        bar = widgets.HBox([self.layer, self.module], layout=widgets.Layout(flex_flow="row wrap"))
-        super().__init__([html(render_html(fit(head))), bar, self.detail, self.picker.widget])
+        inputs = bar(keyed(self.layer, "layer", upward=1), keyed(self.module, "module"))
+        super().__init__([html(render_html(fit(head))), inputs, self.picker.widget, self.detail])
         self.layer.observe(self._on_part, "value")
         self.module.observe(self._on_part, "value")
         self._on_part()
