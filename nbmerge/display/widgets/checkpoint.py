@@ -16,6 +16,7 @@ from nbmerge.display.meshes import placement_in_words
 from nbmerge.display.model import Cell, Column, Section, View
 from nbmerge.display.tensor_views import tensor_view
 from nbmerge.display.widgets.explorer import Explorer, bar, html, labelled
+from nbmerge.display.widgets.filters import filter_input, matcher
 from nbmerge.display.widgets.keys import keyed
 from nbmerge.display.widgets.statistics import StatisticsPanel
 from nbmerge.display.widgets.table import Picker, sized
@@ -62,15 +63,16 @@ class CheckpointExplorer(Explorer):
         self._rows = list(_rows(checkpoint))
         self._total = sum(row.nbytes for row in self._rows)
         self._found: list[_Row] = []
-        self.name = labelled(widgets.Text, "Filter", placeholder="q_proj, layers.3.*weight", layout=sized("280px"))
+        self.name = filter_input()
         self.dtype = _choice("dtype", (row.dtype for row in self._rows), "150px")
         self.placement = _choice("placement", (row.placement for row in self._rows), "250px")
         self.order = labelled(widgets.Dropdown, "Sort", options=list(_ORDERS), layout=sized("160px"))
         self.said, self.detail = html(), html()
         self.statistics = StatisticsPanel(self._follow)
-        self.picker = Picker(_COLUMNS, self._cells, self._on_choice, "parameters", len(self._rows))
+        self.picker = Picker(_COLUMNS, self._cells, self._on_choice, self.name, len(self._rows))
         choices = {"dtype": self.dtype, "placement": self.placement, "sort": self.order}
-        inputs = bar(self.name, *(keyed(one, what) for what, one in choices.items()))
+        keyed_choices = (keyed(one, what, self.name) for what, one in choices.items())
+        inputs = bar(self.name, self.picker.arrows.field, *keyed_choices)
         super().__init__([inputs, self.said, self.picker.widget, self.detail, self.statistics.widget])
         for one in (self.name, *choices.values()):
             one.observe(self._on_filter, "value")
@@ -93,11 +95,11 @@ class CheckpointExplorer(Explorer):
         return View("Checkpoint explorer", where, alerts=alerts, sections=tuple(sections))
 
     def _on_filter(self, _: object = None) -> None:
-        patterns = [word.split("*") for word in self.name.value.casefold().split()]
         dtype, placement = self.dtype.value, self.placement.value
         found = [row for row in self._rows if dtype in (_ANY, row.dtype) and placement in (_ANY, row.placement)]
-        for parts in patterns:
-            found = [row for row in found if _in_order(row.folded, parts)]
+        if self.name.value:
+            like = matcher(self.name.value)
+            found = [row for row in found if like(row.folded)]
         if order := _ORDERS[self.order.value]:
             found.sort(key=order)
         self._found = found
@@ -148,14 +150,3 @@ def _choice(what: str, values: Iterable[str], width: str) -> Any:
     options = [(f"any {what}", _ANY), *((words.elide(value, 60), value) for value in found)]
     return labelled(widgets.Dropdown, what.capitalize() if what != "dtype" else what, options=options,
                     layout=sized(width))  # fmt: skip
-
-
-def _in_order(name: str, parts: Sequence[str]) -> bool:
-    """Whether the parts occur in the name, one after the other."""
-    start = 0
-    for part in parts:
-        at = name.find(part, start)
-        if at < 0:
-            return False
-        start = at + len(part)
-    return True

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import ipywidgets as widgets
+from markupsafe import escape
 
 from nbmerge.display import words
 from nbmerge.display.html import render_html
@@ -43,6 +44,7 @@ class StatisticsPanel:
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
         self._busy = False
+        self._reading = ""  # the name of the tensor that is being read, as HTML
         self._began = 0.0  # seconds of the clock when reading began
         self._done = 0
         self.button = widgets.Button(layout=widgets.Layout(width="170px"))
@@ -75,6 +77,7 @@ class StatisticsPanel:
         if self._tensor is None or self._busy:
             return
         self._busy, self._began = True, time.monotonic()
+        self._reading = str(escape(words.elide(self._tensor.name)))
         self._stop.clear()
         self._done, self.bar.value = 0, 0.0
         self._thread = threading.Thread(target=self._work, args=(self._tensor,), daemon=True)
@@ -97,7 +100,7 @@ class StatisticsPanel:
             stats = stats_of(tensor.name, tensor.expr, listener=listen)
             self._found[tensor.name] = _view(stats)
         except _Stopped:
-            self._found.pop(tensor.name, None)
+            pass  # what was found before stays
         except Exception as error:  # noqa: BLE001 - nobody sees what a thread raises
             alert = Alert(PROBLEM, words.elide(one_line(str(error)), words.PROSE_LIMIT))
             self._found[tensor.name] = View("Statistics", "the tensor could not be read", alerts=(alert,))
@@ -119,7 +122,7 @@ class StatisticsPanel:
         self.button.disabled = tensor is None and not busy
         self.bar.layout.display = None if busy else "none"
         size = f"reads {words.byte_size(tensor.nbytes)} from disk" if tensor else ""
-        self.said.value = "reading …" if busy else "" if view else size
+        self.said.value = f"reading {self._reading} …" if busy else "" if view else size
         self.result.value = render_html(view) if view else ""
 
 

@@ -11,11 +11,11 @@ STYLE = f"""<style>
 .nbm-explore .widget-html{{min-width:0}}
 .nbm-explore .widget-html-content{{line-height:1.45;white-space:normal;min-width:0}}
 .nbm-explore :focus-visible{{outline:{_FOCUS}!important;outline-offset:1px}}
-.nbm-bar{{gap:4px 16px;overflow:visible;align-items:center}}
+.nbm-bar{{position:relative;gap:4px 16px;overflow:visible;align-items:center}}
 .nbm-bar>*,.nbm-bar .nbm-keyed>*{{margin:0}}
 .nbm-keyed{{position:relative;overflow:visible}}
 .nbm-keys{{position:absolute;left:8px;top:50%;width:1px;height:1px;margin:0;opacity:0;overflow:hidden;pointer-events:none}}
-{_HERE} select,{_HERE} .nbm-on,{_HERE} .noUi-touch-area{{outline:{_FOCUS};outline-offset:1px}}
+{_HERE} select,{_HERE} .noUi-touch-area{{outline:{_FOCUS};outline-offset:1px}}
 .nbm-table{{display:block;overflow-x:auto;border:1px solid {_LINE};margin:2px 0}}
 .nbm-explore .nbm-rows{{width:max-content;min-width:100%;max-width:none;overflow:visible}}
 .nbm-rows>*{{font-family:var(--jp-code-font-family,monospace);font-size:13px;line-height:20px;margin:0;height:20px}}
@@ -26,7 +26,7 @@ STYLE = f"""<style>
 .nbm-row.jupyter-button:disabled{{visibility:hidden}}
 .nbm-row.jupyter-button:hover{{background:var(--jp-layout-color2,rgba(128,128,128,.12));box-shadow:none}}
 .nbm-row.nbm-on.jupyter-button{{background:rgba(76,139,245,.28);box-shadow:inset 3px 0 rgb(76,139,245)}}
-{_HERE} .nbm-row.nbm-on{{outline-offset:-2px}}
+.nbm-explore:has(.nbm-to-rows input:focus) .nbm-row.nbm-on{{outline:{_FOCUS};outline-offset:-2px}}
 .nbm-side details{{display:inline-block;vertical-align:top;margin-right:40px!important;max-width:100%}}
 .nbm-explore .noUi-handle{{visibility:hidden}}
 .nbm-explore .noUi-touch-area{{visibility:visible;box-sizing:border-box;border-radius:50%;border:1px solid {_LINE}}}

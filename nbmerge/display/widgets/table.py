@@ -16,6 +16,7 @@ from nbmerge.display.words import visible
 
 PAGE = 15  # rows at most
 _GAP = "  "
+_HINT = "<small>keys: ↑ ↓ after Tab from the filter</small>"
 
 
 class Picker:
@@ -23,8 +24,8 @@ class Picker:
 
     A row is a button because it is told of every click; a list box is not told of one on the row that is chosen.
 
-    columns: their heads; row: makes the cells of a key; chosen: called after another row was chosen; label: what the
-    rows are; most: how many there will be.
+    columns: their heads; row: makes the cells of a key; chosen: called after another row was chosen; home: the input
+    for text, beside which `arrows` belong; most: how many rows there will be.
     """
 
     def __init__(
@@ -32,7 +33,7 @@ class Picker:
         columns: Sequence[Column],
         row: Callable[[str], Sequence[Cell]],
         chosen: Callable[[], None],
-        label: str,
+        home: Any,
         most: int,
     ) -> None:
         self._columns, self._row, self._chosen = tuple(columns), row, chosen
@@ -44,15 +45,16 @@ class Picker:
         self.rows = _buttons(min(max(most, 1), PAGE))
         for number, button in enumerate(self.rows):
             button.on_click(partial(self._on_click, number))
-        self.arrows = Keys(label, self.step)
-        self.table_box = self.arrows.around(_rows_box([self.heads, *self.rows]))
-        self.table_box.add_class("nbm-table")
+        self.arrows = Keys("rows of the table", self.step, home)
+        self.arrows.field.add_class("nbm-to-rows")
+        table = widgets.Box([_rows_box([self.heads, *self.rows])])
+        table.add_class("nbm-table")
         self.back = widgets.Button(description="◂ Previous", tabbable=False, layout=sized("auto"))
         self.ahead = widgets.Button(description="Next ▸", tabbable=False, layout=sized("auto"))
         self.number = labelled(widgets.BoundedIntText, "Page", value=1, min=1, max=1, layout=sized("130px"))
         self.where, self.of = html(width="auto"), html(width="auto")
         self._paging = (self.number, self.of, self.back, self.ahead)
-        self.widget = widgets.VBox([self.table_box, bar(self.where, *self._paging)])
+        self.widget = widgets.VBox([table, bar(self.where, *self._paging, html(_HINT, width="auto"))])
         self.number.observe(self._on_page, "value")
         self.back.on_click(lambda _: self._on_turn(-1))
         self.ahead.on_click(lambda _: self._on_turn(1))
@@ -135,11 +137,11 @@ class Picker:
 
     def _on_click(self, number: int, _: object) -> None:
         self.choose(self.page * PAGE + number)
-        self.arrows.take()
+        self.arrows.leave()
 
     def _on_turn(self, pages: int) -> None:
         self._to_page(self.page + pages)
-        self.arrows.take()
+        self.arrows.leave()
 
     def _on_page(self, _: object) -> None:
         if not self._quiet:
