@@ -106,7 +106,7 @@ class DiffExplorer(Explorer):
 
     def _where(self) -> str:
         parts = [_layer_label(self.layer.value)] + [self.module.value] * (self.module.value != _EVERY)
-        parts += [f"like {self.name.value!r}"] * bool(self.name.value)
+        parts += [f"like {self.name.value}"] * bool(self.name.value)
         return words.elide(f"{', '.join(parts)}: {plural(len(self._part), 'tensor')}", words.PROSE_LIMIT)
 
     def _near(self) -> View:
