@@ -29,7 +29,7 @@ class Keys:
     def __init__(self, label: str, step: Callable[[int], None], home: Any, *, upward: int = -1) -> None:
         self._step, self._home, self._upward = step, home, upward
         self._stepping = False
-        self.field = widgets.IntText(tooltip=f"{label}: arrow keys, up and down")
+        self.field = widgets.IntText(description=f"{label}: arrow keys, up and down")
         self.field.add_class("nbm-keys")
         self.field.observe(self._on_value, "value")
 
