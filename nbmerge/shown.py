@@ -68,6 +68,8 @@ class Plotted:
     def plot(self, kind: str | None = None, *, theme: str | None = None) -> Figure:
         """A matplotlib figure of the object, for those who would rather look than read. Reads no tensor data.
 
+        A notebook shows it once, at the end of the cell at the latest, also with a semicolon or where it is assigned.
+
         kind: one of the figures that the class has, the first by default; theme: `light` or `dark`; None draws with
         matplotlib's own settings. Raises OptionError, and NotSupportedError where matplotlib is not installed.
         """

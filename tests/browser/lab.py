@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import secrets
@@ -18,11 +19,21 @@ from pathlib import Path
 from typing import Any
 
 import nbformat
+import pytest
 from nbformat.sign import NotebookNotary
+
+from tests.browser.gallery import KERNEL
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 _FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update",
           "--disable-sync"]  # fmt: skip
+NEEDS = [
+    pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed (Debian: apt install chromium)"),
+    pytest.mark.skipif(importlib.util.find_spec("playwright") is None, reason="playwright is not installed"),
+]
+LOOK = "() =>" + (Path(__file__).parent / "look.js").read_text("utf-8").partition("\n() =>")[2]
+_SCREENSHOTS = os.environ.get("NBMERGE_SCREENSHOTS")
+"""A directory for pictures of all cells, for a designer's eye; without it none are taken."""
 DATA = ".data"
 _START = 90  # seconds that a server may take on a busy machine
 
@@ -119,3 +130,41 @@ def open_notebook(chromium: Any, address: str) -> tuple[Any, Seen]:
     page.goto(address)
     page.wait_for_selector(".jp-Notebook .jp-Cell", timeout=60_000)
     return page, seen
+
+
+def with_cells(server: Lab, chromium: Any, name: str, cells: list[str]) -> tuple[Any, Seen]:
+    """A page with a notebook of these cells, whose kernel is ready."""
+    made = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells], metadata=KERNEL)
+    nbformat.write(made, server.root / name)
+    page, seen = open_notebook(chromium, server.address(name))
+    page.get_by_text("Python 3 (ipykernel) | Idle").wait_for(timeout=120_000)
+    return page, seen
+
+
+def tab_to(page: Any, condition: str) -> None:
+    """Presses Tab until the focus is where it should be."""
+    for _ in range(20):
+        page.keyboard.press("Tab")
+        if page.evaluate(condition):
+            return
+    raise AssertionError(f"the keyboard does not reach {condition}")
+
+
+def run_cell(page: Any, number: int) -> None:
+    """Runs a cell by the keyboard."""
+    page.locator(".jp-Cell").nth(number).locator(".jp-InputArea-editor").click()
+    page.keyboard.press("Control+Enter")
+
+
+def finished(page: Any, number: int) -> None:
+    """Waits until the cell has the number of a run that is over."""
+    prompt = f"document.querySelectorAll('.jp-Cell')[{number}].querySelector('.jp-InputPrompt').innerText"
+    page.wait_for_function(f"/\\[\\d+\\]/.test({prompt})", timeout=120_000)
+
+
+def keep(page: Any, name: str) -> None:
+    """Screenshots, where they are asked for."""
+    if _SCREENSHOTS:
+        Path(_SCREENSHOTS).mkdir(exist_ok=True)
+        for number, cell in enumerate(page.locator(".jp-Cell").all()):
+            cell.screenshot(path=f"{_SCREENSHOTS}/{Path(name).stem}-{number:02}.png")

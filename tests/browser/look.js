@@ -36,6 +36,7 @@
     for (const choices of layers.reverse()) found = found.flatMap(base => choices.map(one => over(one, base)));
     return found;
   };
+  const SCROLLED = "div[style*='overflow-x'], pre, .nbm-table"; // what has a scroll bar of its own
   const faint = [], wide = [];
   let texts = 0;
   for (const output of document.querySelectorAll(".jp-OutputArea-output")) {
@@ -52,11 +53,10 @@
         if (found < 4.5) faint.push(`${found.toFixed(2)}: ${text.slice(0, 60)}`);
       }
       const box = element.getBoundingClientRect();
-      const scrolled = element.closest("div[style*='overflow-x'], pre");
-      if (!scrolled && box.right > room.right + 1) wide.push(text.slice(0, 60));
+      if (!element.closest(SCROLLED) && box.right > room.right + 1) wide.push(text.slice(0, 60));
     }
-    for (const frame of output.querySelectorAll("div")) {
-      if (frame.getBoundingClientRect().right > room.right + 1) wide.push(`<${frame.className}>`);
+    for (const frame of output.querySelectorAll("div, input, select, button")) {
+      if (!frame.parentElement.closest(SCROLLED) && frame.getBoundingClientRect().right > room.right + 1) wide.push(`<${frame.tagName} ${frame.className}>`);
     }
   }
   return { faint: [...new Set(faint)], wide: [...new Set(wide)], texts };

@@ -13,6 +13,7 @@ from nbmerge.errors import Problem
 from nbmerge.explainer import explain
 from nbmerge.explaining.explanation import Explanation
 from nbmerge.geometry import Box
+from nbmerge.layout import Drift
 from nbmerge.loaders import LOADERS
 from nbmerge.mergers import BaseModelMerger, FSDPModelMerger, MegatronModelMerger, ModelMergerConfig
 from nbmerge.naming.notes import Filled, Trim

@@ -118,3 +118,30 @@ def test_what_there_is_no_figure_of_is_an_error() -> None:
 def test_matplotlib_is_imported_by_plot_alone() -> None:
     code = "import nbmerge, nbmerge.display.views, sys; assert 'matplotlib' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+_CELLS = {
+    "shown.plot()": 1,
+    "shown.plot();": 1,
+    "figure = shown.plot()": 1,
+    "figure": 1,  # asked for again
+    "display(shown.plot())": 1,
+    "figure = shown.plot()\nfigure": 1,
+    "shown.plot(); shown.plot();": 2,
+    "shown.plot()\nraise KeyError": 1,
+    "1": 0,
+}
+
+
+def test_a_notebook_shows_a_figure_once_however_the_cell_ends() -> None:
+    """In a real kernel, before and after pyplot and `%matplotlib inline` have taken over the showing of figures."""
+    import nbformat
+    from nbclient import NotebookClient
+
+    start = "from tests.display.test_figures import STATS as shown"
+    inline = "%matplotlib inline\nimport matplotlib.pyplot"
+    cells = [start, *_CELLS, inline, *_CELLS]
+    made = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
+    NotebookClient(made, kernel_name="python3", timeout=120, allow_errors=True).execute()
+    images = [sum("image/png" in output.get("data", {}) for output in cell.outputs) for cell in made.cells]
+    assert images == [0, *_CELLS.values(), 0, *_CELLS.values()]

@@ -7,7 +7,9 @@ import subprocess
 import sys
 import threading
 import time
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -27,6 +29,7 @@ from .objects import COLUMNS, REPLICATE, SHARD, checkpoint, tensor
 from .test_diff_views import HOSTILE, diff
 from .test_diff_views import tensor as tensor_diff
 
+UTC = timezone.utc
 LAYERS = ("q_proj.weight", "q_proj.bias", "norm.weight")
 
 
@@ -42,8 +45,17 @@ def updates(*tensors: Any) -> DiffExplorer:
     return made
 
 
-def names(explorer: CheckpointExplorer) -> list[str]:
-    return [label.split("\xa0")[0] for label in explorer.picker.box._options_labels]
+def names(explorer: Any) -> list[str]:
+    return [label.split(" ")[0] for label in labels(explorer)]
+
+
+def labels(explorer: Any) -> list[str]:
+    return [button.description for button in explorer.picker.rows if not button.disabled]
+
+
+def press(widget: Any) -> None:
+    """A press of a button, as a browser sends it."""
+    widget._handle_button_msg(widget, {"event": "click"}, [])
 
 
 def text(html: str) -> str:
@@ -81,7 +93,7 @@ def test_rows_are_sorted() -> None:
 
 def test_the_chosen_tensor_is_shown_and_stays_chosen_while_it_is_in_the_table() -> None:
     shown = explored()
-    shown.picker.box.index = 2
+    press(shown.picker.rows[2])
     assert shown.picker.key == "model.layers.0.self_attn.q_proj.bias"
     assert "model.layers.0.self_attn.q_proj.bias is [5] bfloat16" in text(shown.detail.value)
     assert 'class="nbm-map"' in shown.detail.value
@@ -94,35 +106,79 @@ def test_the_chosen_tensor_is_shown_and_stays_chosen_while_it_is_in_the_table() 
 def test_where_nothing_is_found_the_explorer_says_so_and_offers_no_reading() -> None:
     shown = explored()
     shown.name.value = "nothing like it"
-    assert (names(shown), shown.picker.key, shown.statistics.read.disabled) == ([], None, True)
+    assert (names(shown), shown.picker.key, shown.statistics.button.disabled) == ([], None, True)
     assert "no tensor is like this" in text(shown.detail.value)
     shown.name.value = ""
     assert shown.picker.key == "model.embed_tokens.weight"
 
 
-def test_there_are_at_most_fifty_rows_at_a_time_however_many_tensors_there_are() -> None:
+def test_rows_come_in_pages_however_many_tensors_there_are() -> None:
     shown = explored(*[tensor(f"layers.{number}.weight", (2,)) for number in range(2 * PAGE + 1)])
+    picker = shown.picker
     assert len(names(shown)) == PAGE
-    assert shown.picker.back.disabled
-    assert not shown.picker.ahead.disabled
-    shown.picker.ahead.click()
-    shown.picker.ahead.click()
+    assert (picker.back.disabled, picker.ahead.disabled) == (True, False)
+    press(picker.ahead)
+    assert names(shown)[0] == picker.key == f"layers.{PAGE}.weight"
+    picker.number.value = 3
     assert names(shown) == [f"layers.{2 * PAGE}.weight"]
-    assert shown.picker.ahead.disabled
-    assert shown.picker.where.value == "of 101, page 3 of 3"
-    assert "layers.100.weight is [2]" in text(shown.detail.value)
+    assert (picker.back.disabled, picker.ahead.disabled) == (False, True)
+    assert picker.where.value == f"Row {2 * PAGE + 1} of {2 * PAGE + 1}"
+    assert f"layers.{2 * PAGE}.weight is [2]" in text(shown.detail.value)
+    shown.name.value = "layers.1.weight"
+    assert (picker.number.layout.display, picker.pages) == ("none", 1)
 
 
-def test_a_row_is_chosen_by_its_number_too() -> None:
+def test_arrow_keys_go_from_row_to_row_and_from_page_to_page() -> None:
     shown = explored(*[tensor(f"layers.{number}.weight", (2,)) for number in range(PAGE + 9)])
-    shown.picker.box.index = 4
-    assert shown.picker.row.value == 5
-    shown.picker.row.value = 6
-    assert shown.picker.key == "layers.5.weight"
-    shown.picker.row.value = PAGE + 1
-    assert (shown.picker.page, shown.picker.key) == (1, f"layers.{PAGE}.weight")
-    shown.name.value = "layers.58"
-    assert (shown.picker.row.value, shown.picker.row.max, shown.picker.key) == (1, 1, "layers.58.weight")
+    press(shown.picker.rows[PAGE - 2])
+    keys = shown.picker.arrows.field
+    keys.value -= 1  # Down
+    assert (shown.picker.page, shown.picker.key) == (0, f"layers.{PAGE - 1}.weight")
+    keys.value -= 2  # a key that is held
+    assert (shown.picker.page, shown.picker.key) == (1, f"layers.{PAGE + 1}.weight")
+    keys.value += 2  # Up
+    assert (shown.picker.page, shown.picker.key) == (0, f"layers.{PAGE - 1}.weight")
+    assert [button.description.split()[0] for button in shown.picker.rows if "nbm-on" in button._dom_classes] == [
+        f"layers.{PAGE - 1}.weight"
+    ]
+    keys.value = 12_345  # digits that somebody typed
+    assert shown.picker.key == f"layers.{PAGE - 1}.weight"
+    for _ in range(PAGE):
+        keys.value += 40
+    assert shown.picker.key == "layers.0.weight"
+
+
+def test_arrow_keys_move_a_dropdown_down_and_a_slider_up() -> None:
+    import ipywidgets
+
+    shown = updates()
+    layer, module = (part for part in shown.widget.children[2].children if isinstance(part, ipywidgets.Box))
+    layer.children[-1].value += 2
+    assert shown.layer.value == ("model.layers", 1)
+    assert shown.at.value == "1"
+    module.children[-1].value -= 1
+    assert shown.module.index == 1
+    module.children[-1].value += 5
+    assert shown.module.index == 0
+
+
+def test_focus_is_asked_for_while_a_click_is_handled_and_not_after_it_has_aged(monkeypatch: pytest.MonkeyPatch) -> None:
+    header = {"msg_type": "comm_msg", "date": datetime.now(UTC)}
+    shell = SimpleNamespace(kernel=SimpleNamespace(get_parent=lambda: {"header": header}))
+    shown = explored()
+    asked: list[bool] = []
+    monkeypatch.setattr(type(shown.name), "focus", lambda _: asked.append(True))
+    press(shown.picker.rows[1])
+    assert asked == []  # no kernel
+    monkeypatch.setattr("IPython.get_ipython", lambda: shell)
+    press(shown.picker.rows[1])
+    assert asked == [True]
+    shown.picker.arrows.field.value -= 1
+    header["date"] -= timedelta(seconds=5)
+    press(shown.picker.rows[1])
+    header.update(msg_type="execute_request", date=datetime.now(UTC))
+    shown.picker.choose(2)
+    assert asked == [True]
 
 
 def test_a_filter_makes_no_widgets() -> None:
@@ -141,17 +197,17 @@ def test_statistics_are_read_on_a_press_and_kept(ckpt: Path) -> None:
     panel = shown.statistics
     assert "from disk" in panel.said.value
     assert panel.result.value == ""
-    panel.read.click()
+    press(panel.button)
     panel.wait()
     name = shown.picker.key
     assert name is not None
     found = source[name].stats(progress=False)
     assert found.view().sentence in text(panel.result.value).replace("\xa0", " ")
     assert "Statistics: " in repr(shown)
-    assert panel.read.disabled
-    shown.picker.box.index = 1
-    assert (panel.result.value, panel.read.disabled) == ("", False)
-    shown.picker.box.index = 0
+    assert panel.button.description == "Compute again"
+    press(shown.picker.rows[1])
+    assert (panel.result.value, panel.button.description) == ("", "Compute statistics")
+    press(shown.picker.rows[0])
     assert panel.result.value != ""
 
 
@@ -168,12 +224,15 @@ def test_reading_can_be_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(statistics, "stats_of", endless)
     panel = explored().statistics
-    panel.read.click()
+    press(panel.button)
     assert reading.wait(10)
-    assert (panel.read.disabled, panel.stop.disabled, panel.said.value) == (True, False, "reading …")
-    panel.stop.click()
+    assert (panel.button.description, panel.said.value) == ("Stop", "reading model.embed_tokens.weight …")
+    press(panel.button)  # a double click
+    assert not panel._stop.is_set()
+    monkeypatch.setattr(statistics, "_DOUBLE_CLICK", 0)
+    press(panel.button)
     panel.wait()
-    assert (panel.read.disabled, panel.stop.disabled, panel.result.value) == (False, True, "")
+    assert (panel.button.description, panel.result.value) == ("Compute statistics", "")
 
 
 def test_the_engine_stops_when_its_listener_does(ckpt: Path) -> None:
@@ -188,7 +247,7 @@ def test_the_engine_stops_when_its_listener_does(ckpt: Path) -> None:
 
 def test_a_failure_to_read_is_told() -> None:
     shown = explored()  # its files do not exist
-    shown.statistics.read.click()
+    press(shown.statistics.button)
     shown.statistics.wait()
     assert "the tensor could not be read" in text(shown.statistics.result.value)
     assert "model_world_size_8_rank" in text(shown.statistics.result.value)
@@ -202,11 +261,16 @@ def test_layer_and_module_choose_the_part_of_a_diff() -> None:
     assert shown.detail.value != everything
     shown.module.value = "self_attn.q_proj"
     assert "model.layers.2, self_attn.q_proj: 1 tensor, 10.2% of the elements changed" in text(shown.detail.value)
-    assert [label.split("\xa0")[0] for label in shown.picker.box._options_labels][1:] == [
-        "model.layers.2.self_attn.q_proj.weight"
-    ]
+    assert names(shown)[1:] == ["model.layers.2.self_attn.q_proj.weight"]
     shown.layer.value = ("", None)
     assert "outside of layers, self_attn.q_proj: 0 tensors" in text(shown.detail.value)
+
+
+def test_a_diff_is_filtered_by_name() -> None:
+    shown = updates()
+    shown.name.value = "layers.1.*UP_proj"
+    assert names(shown)[1:] == ["model.layers.1.mlp.up_proj.weight"]
+    assert "all layers, like layers.1.*UP_proj: 1 tensor, 15.6% of the elements changed" in text(shown.detail.value)
 
 
 def test_the_bins_of_all_parts_are_the_same() -> None:
@@ -221,8 +285,8 @@ def test_the_bins_of_all_parts_are_the_same() -> None:
 
 def test_the_largest_updates_come_first_and_each_shows_its_histogram() -> None:
     shown = updates(tensor_diff("small", 20), tensor_diff("none", 0), tensor_diff("large", 400))
-    assert [value for _, value in shown.picker.box.options] == ["", "large", "small", "none"]
-    shown.picker.box.index = 1
+    assert names(shown) == ["all", "large", "small", "none"]
+    press(shown.picker.rows[1])
     assert "78.1% of the elements of large" in text(shown.detail.value)
     assert "large" in repr(shown)
 
@@ -239,12 +303,12 @@ def test_hostile_names_are_escaped_wherever_html_is_raw(shown: Any) -> None:
         inside = [value for child in getattr(widget, "children", ()) for value in raw(child)]
         return [*inside, widget.value] if isinstance(widget, ipywidgets.HTML) else inside
 
-    shown.picker.box.index = len(shown.picker.box.options) - 1
+    press(shown.picker.rows[len(labels(shown)) - 1])
     for html in [*raw(shown.widget), shown._repr_html_()]:
         assert "<script" not in html
     assert "&lt;script&gt;" in shown.detail.value
-    assert all(label.isprintable() or "\xa0" in label for label in shown.picker.box._options_labels)
-    assert "\x1b" not in "".join(shown.picker.box._options_labels)
+    assert all(label.isprintable() for label in labels(shown))
+    assert all(button.tooltip.isprintable() for button in shown.picker.rows)
 
 
 def test_a_notebook_gets_the_widget_and_a_twin_that_follows(monkeypatch: pytest.MonkeyPatch) -> None:

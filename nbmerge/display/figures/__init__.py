@@ -9,6 +9,7 @@ from nbmerge.comparing.model_diff import ModelDiff, TensorDiff
 from nbmerge.comparing.trajectory import Trajectory
 from nbmerge.display.figures import diffs, sizes, tensors, trajectories
 from nbmerge.display.figures.canvas import Picture, themed
+from nbmerge.display.figures.showing import show_later
 from nbmerge.errors import NotSupportedError, OptionError
 from nbmerge.layout import Checkpoint, LazyTensor
 from nbmerge.tensor_stats import TensorStats
@@ -26,7 +27,7 @@ _KINDS: Mapping[type, Mapping[str, Draw]] = {  # the first is drawn where none i
 
 
 def figure_of(shown: object, kind: str | None = None, *, theme: str | None = None) -> Picture:
-    """The figure of an object. Reads no tensor data.
+    """The figure of an object; a notebook shows it when the cell is over. Reads no tensor data.
 
     kind: one of those that its class has; theme: `light`, `dark`, or None for matplotlib's own settings.
     Raises OptionError for another kind or theme, NotSupportedError for an object that has no figure.
@@ -39,4 +40,6 @@ def figure_of(shown: object, kind: str | None = None, *, theme: str | None = Non
     if kind is not None and kind not in kinds:
         raise OptionError(f"a {type(shown).__name__} has no figure {kind!r}", fix=f"one of {', '.join(kinds)}")
     with themed(theme):
-        return kinds[kind or next(iter(kinds))](shown)
+        made = kinds[kind or next(iter(kinds))](shown)
+    show_later(made)
+    return made

@@ -12,6 +12,7 @@ import matplotlib.style
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from nbmerge.display.figures.showing import was_shown
 from nbmerge.display.words import elide
 from nbmerge.errors import OptionError
 
@@ -24,6 +25,11 @@ BAR = HUES[0]
 
 class Picture(Figure):
     """A matplotlib figure that shows itself in a notebook, also where pyplot was never imported."""
+
+    def _repr_mimebundle_(self, **_: object) -> dict[str, Any]:
+        """Nothing, but IPython asks for it first whenever it shows an object, whoever makes the image."""
+        was_shown(self)
+        return {}
 
     def _repr_png_(self) -> tuple[bytes, dict[str, int]]:
         target = io.BytesIO()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,11 +15,13 @@ from nbmerge.display.html import render_html
 from nbmerge.display.meshes import placement_in_words
 from nbmerge.display.model import Cell, Column, Section, View
 from nbmerge.display.tensor_views import tensor_view
-from nbmerge.display.widgets.explorer import Explorer, html, labelled
+from nbmerge.display.widgets.explorer import Explorer, bar, html, labelled
+from nbmerge.display.widgets.filters import filter_input, matcher
+from nbmerge.display.widgets.keys import keyed
 from nbmerge.display.widgets.statistics import StatisticsPanel
 from nbmerge.display.widgets.table import Picker, sized
 from nbmerge.errors import plural
-from nbmerge.layout import Checkpoint
+from nbmerge.layout import Checkpoint, MeshAxis
 
 _ANY = ""  # in a dropdown: whatever it is
 _NAME, _PLACEMENT = 56, 36  # characters that are shown in the table
@@ -57,23 +60,21 @@ class CheckpointExplorer(Explorer):
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint = checkpoint
-        self._total = checkpoint.nbytes
-        self._rows = [
-            _Row(name, name.casefold(), str(one.dtype), placement_in_words(one, checkpoint), one.nbytes)
-            for name, one in checkpoint.tensors.items()
-        ]
+        self._rows = list(_rows(checkpoint))
+        self._total = sum(row.nbytes for row in self._rows)
         self._found: list[_Row] = []
-        self.name = labelled(widgets.Text, "Filter", placeholder="q_proj, layers.3.*weight", layout=sized("320px"))
+        self.name = filter_input()
         self.dtype = _choice("dtype", (row.dtype for row in self._rows), "150px")
-        self.placement = _choice("placement", (row.placement for row in self._rows), "280px")
-        self.order = labelled(widgets.Dropdown, "Sort", options=list(_ORDERS), layout=sized("170px"))
+        self.placement = _choice("placement", (row.placement for row in self._rows), "250px")
+        self.order = labelled(widgets.Dropdown, "Sort", options=list(_ORDERS), layout=sized("160px"))
         self.said, self.detail = html(), html()
         self.statistics = StatisticsPanel(self._follow)
-        self.picker = Picker(_COLUMNS, self._cells, self._on_choice, "parameters")
-        inputs = (self.name, self.dtype, self.placement, self.order)
-        bar = widgets.HBox(inputs, layout=widgets.Layout(flex_flow="row wrap"))
-        super().__init__([bar, self.said, self.picker.widget, self.detail, self.statistics.widget])
-        for one in inputs:
+        self.picker = Picker(_COLUMNS, self._cells, self._on_choice, self.name, len(self._rows))
+        choices = {"dtype": self.dtype, "placement": self.placement, "sort": self.order}
+        keyed_choices = (keyed(one, what, self.name) for what, one in choices.items())
+        inputs = bar(self.name, self.picker.arrows.field, *keyed_choices)
+        super().__init__([inputs, self.said, self.picker.widget, self.detail, self.statistics.widget])
+        for one in (self.name, *choices.values()):
             one.observe(self._on_filter, "value")
         self._on_filter()
 
@@ -94,11 +95,11 @@ class CheckpointExplorer(Explorer):
         return View("Checkpoint explorer", where, alerts=alerts, sections=tuple(sections))
 
     def _on_filter(self, _: object = None) -> None:
-        patterns = [word.split("*") for word in self.name.value.casefold().split()]
         dtype, placement = self.dtype.value, self.placement.value
         found = [row for row in self._rows if dtype in (_ANY, row.dtype) and placement in (_ANY, row.placement)]
-        for parts in patterns:
-            found = [row for row in found if _in_order(row.folded, parts)]
+        if self.name.value:
+            like = matcher(self.name.value)
+            found = [row for row in found if like(row.folded)]
         if order := _ORDERS[self.order.value]:
             found.sort(key=order)
         self._found = found
@@ -129,6 +130,17 @@ class CheckpointExplorer(Explorer):
         self._follow()
 
 
+def _rows(checkpoint: Checkpoint) -> Iterator[_Row]:
+    """A row for each tensor. A model may have 90,000, but few placements and few dtypes."""
+    placements: dict[tuple[MeshAxis, ...], str] = {}
+    for name, tensor in checkpoint.tensors.items():
+        dtype, mesh = tensor.dtype, tensor.mesh
+        placement = placements.get(mesh) if mesh else placement_in_words(tensor, checkpoint)
+        if placement is None:
+            placement = placements[mesh] = placement_in_words(tensor, checkpoint)
+        yield _Row(name, name.casefold(), str(dtype), placement, math.prod(tensor.shape) * dtype.itemsize)
+
+
 def _choice(what: str, values: Iterable[str], width: str) -> Any:
     """A dropdown of the values that occur, the most frequent ones first."""
     counts: dict[str, int] = {}
@@ -138,14 +150,3 @@ def _choice(what: str, values: Iterable[str], width: str) -> Any:
     options = [(f"any {what}", _ANY), *((words.elide(value, 60), value) for value in found)]
     return labelled(widgets.Dropdown, what.capitalize() if what != "dtype" else what, options=options,
                     layout=sized(width))  # fmt: skip
-
-
-def _in_order(name: str, parts: Sequence[str]) -> bool:
-    """Whether the parts occur in the name, one after the other."""
-    start = 0
-    for part in parts:
-        at = name.find(part, start)
-        if at < 0:
-            return False
-        start = at + len(part)
-    return True

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import ipywidgets as widgets
+from markupsafe import escape
 
 from nbmerge.comparing.model_diff import ModelDiff, TensorDiff
 from nbmerge.comparing.rolling import kind_order, main_stack
@@ -18,8 +19,10 @@ from nbmerge.display.fit import fit
 from nbmerge.display.html import render_html
 from nbmerge.display.model import Cell, Column, Section, View
 from nbmerge.display.sparklines import magnitude_line
-from nbmerge.display.widgets.explorer import Explorer, html, labelled
+from nbmerge.display.widgets.explorer import Explorer, bar, html, labelled
+from nbmerge.display.widgets.filters import filter_input, matcher
 from nbmerge.display.widgets.histograms import update_sections
+from nbmerge.display.widgets.keys import keyed
 from nbmerge.display.widgets.table import Picker, sized
 from nbmerge.errors import plural
 
@@ -33,7 +36,7 @@ _COLUMNS = (Column("tensor", code=True), Column("changed", number=True), Column(
 class DiffExplorer(Explorer):
     """The updates of a part of a model: of a layer, a kind of module, or one tensor. Reads no tensor data.
 
-    layer, module: the inputs; picker: the tensors of the part, those that changed most first.
+    layer, module, name: the inputs; picker: the tensors of the part, those that changed most first.
     """
 
     def __init__(self, diff: ModelDiff) -> None:
@@ -42,19 +45,23 @@ class DiffExplorer(Explorer):
         self._tensors = [*moved, *(one for one in diff.tensors.values() if not one.changed)]
         self._part: list[TensorDiff] = []
         self._together = Statistics()
-        self.layer = labelled(
-            widgets.SelectionSlider, "Layer", options=list(_layers(diff)), layout=sized("min(560px, 100%)")
-        )
+        self.name = filter_input()
+        layers = list(_layers(diff))
+        self.layer = labelled(widgets.SelectionSlider, "Layer", options=layers, readout=False, layout=sized("420px"))
+        self.at = html(width="80px")  # the readout; that of the slider itself is a stop for Tab that does nothing
         kinds = sorted(diff.by_kind, key=kind_order)
         options = [("all modules", _EVERY), *((words.elide(kind, 60), kind) for kind in kinds)]
         self.module = labelled(widgets.Dropdown, "Module", options=options, layout=sized("320px"))
         self.detail = html()
-        self.picker = Picker(_COLUMNS, self._cells, self._on_choice, "largest updates")
+        self.detail.add_class("nbm-side")
+        self.picker = Picker(_COLUMNS, self._cells, self._on_choice, self.name, len(diff.tensors) + 1)
         head = View("Model diff", words.elide(diff.sentence, 2 * words.PROSE_LIMIT), alerts=tuple(diff_alerts(diff)))
-        bar = widgets.HBox([self.layer, self.module], layout=widgets.Layout(flex_flow="row wrap"))
-        super().__init__([html(render_html(fit(head))), bar, self.detail, self.picker.widget])
-        self.layer.observe(self._on_part, "value")
-        self.module.observe(self._on_part, "value")
+        choices = (keyed(self.layer, "layer", self.name, upward=1), keyed(self.module, "module", self.name))
+        layer, module = choices
+        inputs = bar(layer, self.at, module, self.name, self.picker.arrows.field)
+        super().__init__([html(render_html(fit(head))), inputs, self.picker.widget, self.detail])
+        for one in (self.layer, self.module, self.name):
+            one.observe(self._on_part, "value")
         self._on_part()
 
     def view(self) -> View:
@@ -73,12 +80,18 @@ class DiffExplorer(Explorer):
 
     def _on_part(self, _: object = None) -> None:
         layer, kind = self.layer.value, self.module.value
+        self.at.value = str(escape(self.layer.label))
         self._part = [
             one
             for one in self._tensors
             if layer in (_ALL, (one.place.stack, one.place.layer)) and kind in (_EVERY, one.place.kind)
         ]
-        self._together = self._rolled(layer, kind)
+        if self.name.value:
+            like = matcher(self.name.value)
+            self._part = [one for one in self._part if like(one.name.casefold())]
+            self._together = combined(one.statistics for one in self._part)
+        else:
+            self._together = self._rolled(layer, kind)
         self.picker.show([_TOGETHER, *(one.name for one in self._part)])
 
     def _rolled(self, layer: tuple[str, int | None], kind: str) -> Statistics:
@@ -93,6 +106,7 @@ class DiffExplorer(Explorer):
 
     def _where(self) -> str:
         parts = [_layer_label(self.layer.value)] + [self.module.value] * (self.module.value != _EVERY)
+        parts += [f"like {self.name.value}"] * bool(self.name.value)
         return words.elide(f"{', '.join(parts)}: {plural(len(self._part), 'tensor')}", words.PROSE_LIMIT)
 
     def _near(self) -> View:

@@ -13,15 +13,9 @@ from nbmerge.display.fit import fit
 from nbmerge.display.html import render_html
 from nbmerge.display.model import View
 from nbmerge.display.text import render_text
+from nbmerge.display.widgets.styles import STYLE
 from nbmerge.shown import Displayed
 
-_STYLE = """<style>
-.nbm-explore select[size],.nbm-explore .nbm-heads{font-family:var(--jp-code-font-family,monospace);font-size:13px}
-.nbm-explore select[size]{overflow-x:auto;padding:2px 0}
-.nbm-explore .nbm-heads{white-space:pre;overflow-x:hidden;padding-left:3px;line-height:1.5;font-weight:bold}
-.nbm-explore .widget-html-content{line-height:1.45;white-space:normal}
-.nbm-explore :focus-visible{outline:2px solid rgb(76,139,245)!important;outline-offset:1px}
-</style>"""
 _numbers = itertools.count(1)
 
 
@@ -37,7 +31,7 @@ class Explorer(Displayed, ABC):
         # An explorer of an earlier kernel may still be in the notebook, so a number alone is not enough.
         self._twin_class = f"nbm-twin-{id(self):x}-{next(_numbers)}"
         self._twins: list[Any] = []
-        self.widget = widgets.VBox([html(_STYLE + self._hide_twin()), *parts])
+        self.widget = widgets.VBox([html(STYLE + self._hide_twin()), *parts])
         self.widget.add_class("nbm-explore")
 
     @abstractmethod
@@ -65,8 +59,16 @@ class Explorer(Displayed, ABC):
 
     def _twin(self) -> dict[str, str]:
         view = fit(self.view())
-        static = f'<div class="{self._twin_class}">{render_html(view)}</div>'
+        static = f'<div class="{self._twin_class}">{self._hide_empty()}{render_html(view)}</div>'
         return {"text/html": static, "text/plain": render_text(view)}
+
+    def _hide_empty(self) -> str:
+        """A style of the twin, so that the output before it is hidden while and where no widget lives in it.
+
+        A notebook that is opened again has no widget any more, and JupyterLab says there that its model was not found.
+        """
+        before = f".jp-OutputArea-child:has(+.jp-OutputArea-child .{self._twin_class})"
+        return f"<style>{before}:not(:has(.nbm-explore)){{display:none}}</style>"
 
     def _hide_twin(self) -> str:
         """A style of the widget, so that the twin is hidden only while and where there is one."""
@@ -77,6 +79,13 @@ class Explorer(Displayed, ABC):
 def html(text: str = "", *, width: str = "100%") -> Any:
     """A widget that shows HTML as it is: all that came from a checkpoint must be escaped in it."""
     return widgets.HTML(text, layout=widgets.Layout(width=width, margin="0"))
+
+
+def bar(*parts: Any) -> Any:
+    """Widgets side by side, in several lines where there is no room."""
+    box = widgets.HBox(parts, layout=widgets.Layout(flex_flow="row wrap"))
+    box.add_class("nbm-bar")
+    return box
 
 
 def labelled(kind: Any, description: str, **traits: Any) -> Any:

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import replace
 
 import ipywidgets as widgets
+from markupsafe import escape
 
 from nbmerge.display import words
 from nbmerge.display.html import render_html
 from nbmerge.display.model import PROBLEM, Alert, View
 from nbmerge.display.tensor_views import stats_view
-from nbmerge.display.widgets.explorer import html
+from nbmerge.display.widgets.explorer import bar, html
 from nbmerge.display.widgets.histograms import magnitude_section
 from nbmerge.engine.events import Advanced, Event
 from nbmerge.errors import one_line
 from nbmerge.layout import LazyTensor
 from nbmerge.tensor_stats import TensorStats, stats_of
 
+_DOUBLE_CLICK = 0.4  # seconds
 _STEP = 0.02  # of the bar, below which it does not move
 
 
@@ -27,8 +30,9 @@ class _Stopped(Exception):
 
 
 class StatisticsPanel:
-    """Buttons that start and stop the reading, a bar, and what was found. What is found of a tensor is kept.
+    """A button that starts and stops the reading, a bar, and what was found. What is found of a tensor is kept.
 
+    It is one button, which stays where it is and keeps the focus, so that the keyboard can press it again.
     changed: called, on the reading thread, after something was found.
     """
 
@@ -40,18 +44,16 @@ class StatisticsPanel:
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
         self._busy = False
+        self._reading = ""  # the name of the tensor that is being read, as HTML
+        self._began = 0.0  # seconds of the clock when reading began
         self._done = 0
-        self.read = widgets.Button(
-            description="Compute statistics", layout=widgets.Layout(width="auto", flex="0 0 auto")
-        )
-        self.stop = widgets.Button(description="Stop", disabled=True)
+        self.button = widgets.Button(layout=widgets.Layout(width="170px"))
         self.bar = widgets.FloatProgress(value=0.0, min=0.0, max=1.0, layout=widgets.Layout(display="none"))
         self.said = html(width="auto")
         self.result = html()
-        controls = (self.read, self.stop, self.bar, self.said)
-        self.widget = widgets.VBox([widgets.HBox(controls, layout=widgets.Layout(align_items="center")), self.result])
-        self.read.on_click(lambda _: self.start())
-        self.stop.on_click(lambda _: self._stop.set())
+        self.widget = widgets.VBox([bar(self.button, self.bar, self.said), self.result])
+        self.button.on_click(lambda _: self.press())
+        self._draw()
 
     @property
     def view(self) -> View | None:
@@ -63,11 +65,19 @@ class StatisticsPanel:
         self._tensor = tensor
         self._draw()
 
+    def press(self) -> None:
+        """Starts to read, or stops what is being read; not within the time of a double click."""
+        if not self._busy:
+            self.start()
+        elif time.monotonic() - self._began > _DOUBLE_CLICK:
+            self._stop.set()
+
     def start(self) -> None:
         """Reads the tensor, on a thread of its own."""
         if self._tensor is None or self._busy:
             return
-        self._busy = True
+        self._busy, self._began = True, time.monotonic()
+        self._reading = str(escape(words.elide(self._tensor.name)))
         self._stop.clear()
         self._done, self.bar.value = 0, 0.0
         self._thread = threading.Thread(target=self._work, args=(self._tensor,), daemon=True)
@@ -90,7 +100,7 @@ class StatisticsPanel:
             stats = stats_of(tensor.name, tensor.expr, listener=listen)
             self._found[tensor.name] = _view(stats)
         except _Stopped:
-            self._found.pop(tensor.name, None)
+            pass  # what was found before stays
         except Exception as error:  # noqa: BLE001 - nobody sees what a thread raises
             alert = Alert(PROBLEM, words.elide(one_line(str(error)), words.PROSE_LIMIT))
             self._found[tensor.name] = View("Statistics", "the tensor could not be read", alerts=(alert,))
@@ -108,10 +118,11 @@ class StatisticsPanel:
 
     def _draw(self) -> None:
         tensor, busy, view = self._tensor, self._busy, self.view
-        self.read.disabled, self.stop.disabled = busy or tensor is None or view is not None, not busy
+        self.button.description = "Stop" if busy else "Compute again" if view else "Compute statistics"
+        self.button.disabled = tensor is None and not busy
         self.bar.layout.display = None if busy else "none"
-        size = words.byte_size(tensor.nbytes) if tensor else "nothing"
-        self.said.value = "reading …" if busy else "" if view else f"reads {size} from disk"
+        size = f"reads {words.byte_size(tensor.nbytes)} from disk" if tensor else ""
+        self.said.value = f"reading {self._reading} …" if busy else "" if view else size
         self.result.value = render_html(view) if view else ""
 
 

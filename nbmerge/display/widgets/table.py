@@ -1,62 +1,73 @@
-"""A table to choose a row from: a native list box with aligned columns, in pages."""
+"""A table to choose a row from, in pages: rows are buttons with aligned columns."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import ipywidgets as widgets
 from markupsafe import escape
 
 from nbmerge.display.model import Cell, Column, Table
-from nbmerge.display.widgets.explorer import html, labelled
+from nbmerge.display.widgets.explorer import bar, html, labelled
+from nbmerge.display.widgets.keys import Keys
 from nbmerge.display.words import visible
 
-PAGE = 50  # rows at most
-_ROWS = 12  # of them in sight
+PAGE = 15  # rows at most
 _GAP = "  "
-_HARD_SPACE = "\N{NO-BREAK SPACE}"  # a list box draws several spaces as one
+_HINT = "<small>keys: ↑ ↓ after Tab from the filter</small>"
 
 
 class Picker:
-    """Rows in pages, one of which is chosen. A page is one message to the browser, however many rows there are.
+    """Rows in pages, one of which is chosen by a click or by arrow keys, which go from page to page.
 
-    JupyterLab keeps arrows and letters for itself while a list box has the focus, and leaves them to a number's input:
-    so the box is for the mouse, and the number of the row for the keyboard.
+    A row is a button because it is told of every click; a list box is not told of one on the row that is chosen.
 
-    columns: their heads; row: makes the cells of a key; chosen: called after another row was chosen.
+    columns: their heads; row: makes the cells of a key; chosen: called after another row was chosen; home: the input
+    for text, beside which `arrows` belong; most: how many rows there will be.
     """
 
     def __init__(
-        self, columns: Sequence[Column], row: Callable[[str], Sequence[Cell]], chosen: Callable[[], None], label: str
+        self,
+        columns: Sequence[Column],
+        row: Callable[[str], Sequence[Cell]],
+        chosen: Callable[[], None],
+        home: Any,
+        most: int,
     ) -> None:
         self._columns, self._row, self._chosen = tuple(columns), row, chosen
         self._keys: Sequence[str] = ()
         self._quiet = False
+        self.at = 0  # the number of the chosen row, from 0
         self.heads = html()
         self.heads.add_class("nbm-heads")
-        self.box = widgets.Select(
-            options=(), rows=_ROWS, layout=widgets.Layout(width="100%"), tooltip=label, tabbable=False
-        )
-        self.row = labelled(widgets.BoundedIntText, "Row", value=1, min=1, max=1, layout=sized("130px"))
-        self.back = widgets.Button(description="◂ Previous page", layout=widgets.Layout(width="auto"))
-        self.ahead = widgets.Button(description="Next page ▸", layout=widgets.Layout(width="auto"))
-        self.where = html(width="auto")
-        self.pager = widgets.HBox(
-            [self.row, self.where, self.back, self.ahead], layout=widgets.Layout(align_items="center")
-        )
-        self.widget = widgets.VBox([self.heads, self.box, self.pager])
-        self.page = 0
-        self.box.observe(self._on_box, "index")
-        self.row.observe(self._on_row, "value")
-        self.back.on_click(lambda _: self.turn(-1))
-        self.ahead.on_click(lambda _: self.turn(1))
+        self.rows = _buttons(min(max(most, 1), PAGE))
+        for number, button in enumerate(self.rows):
+            button.on_click(partial(self._on_click, number))
+        self.arrows = Keys("rows of the table", self.step, home)
+        self.arrows.field.add_class("nbm-to-rows")
+        table = widgets.Box([_rows_box([self.heads, *self.rows])])
+        table.add_class("nbm-table")
+        self.back = widgets.Button(description="◂ Previous", tabbable=False, layout=sized("auto"))
+        self.ahead = widgets.Button(description="Next ▸", tabbable=False, layout=sized("auto"))
+        self.number = labelled(widgets.BoundedIntText, "Page", value=1, min=1, max=1, layout=sized("130px"))
+        self.where, self.of = html(width="auto"), html(width="auto")
+        self._paging = (self.number, self.of, self.back, self.ahead)
+        self.widget = widgets.VBox([table, bar(self.where, *self._paging, html(_HINT, width="auto"))])
+        self.number.observe(self._on_page, "value")
+        self.back.on_click(lambda _: self._on_turn(-1))
+        self.ahead.on_click(lambda _: self._on_turn(1))
 
     @property
     def key(self) -> str | None:
         """The key of the chosen row; None where there are no rows."""
-        value = self.box.value
-        return None if value is None else str(value)
+        return self._keys[self.at] if self._keys else None
+
+    @property
+    def page(self) -> int:
+        """The page in sight, from 0: the one with the chosen row."""
+        return self.at // PAGE
 
     @property
     def pages(self) -> int:
@@ -67,12 +78,22 @@ class Picker:
         """Shows other rows. The chosen one stays chosen where it is among them, else the first one is."""
         before = self.key
         self._keys = keys
-        place = keys.index(before) if before is not None and before in keys else 0
-        self._fill(place // PAGE, place % PAGE)
+        self.at = keys.index(before) if before is not None and before in keys else 0
+        self._fill()
+        self._chosen()
 
-    def turn(self, pages: int) -> None:
-        """Shows a later page, or an earlier one, and chooses its first row."""
-        self._fill(min(max(self.page + pages, 0), self.pages - 1), 0)
+    def choose(self, at: int) -> None:
+        """Another row; the first or the last one where there is no such row."""
+        page, self.at = self.page, min(max(at, 0), max(len(self._keys) - 1, 0))
+        if page == self.page:
+            self._mark()
+        else:
+            self._fill()
+        self._chosen()
+
+    def step(self, rows: int) -> None:
+        """A later row, or an earlier one."""
+        self.choose(self.at + rows)
 
     def table(self) -> Table:
         """The page as a table of a view."""
@@ -82,48 +103,53 @@ class Picker:
     def _shown(self) -> Sequence[str]:
         return self._keys[self.page * PAGE : (self.page + 1) * PAGE]
 
-    def _fill(self, page: int, at: int) -> None:
-        self.page = page
+    def _fill(self) -> None:
+        """Draws the page with the chosen row."""
         keys = self._shown()
         heads, *labels = self._aligned([[cell.text for cell in self._row(key)] for key in keys])
-        self._quiet = True
-        try:
-            with self.box.hold_sync():
-                self.box.index = None
-                self.box.options = list(zip(labels, keys, strict=True))
-                self.box.index = at if keys else None
-            self.row.max = max(len(self._keys), 1)
-            self.row.value = page * PAGE + at + 1
-        finally:
-            self._quiet = False
         self.heads.value = str(escape(heads))
-        self.back.disabled, self.ahead.disabled = page == 0, page == self.pages - 1
-        for button in (self.back, self.ahead):
-            button.layout.display = "none" if self.pages == 1 else None
-        self.row.disabled = not keys
-        of = f"of {len(self._keys):,}"
-        self.where.value = of if self.pages == 1 else f"{of}, page {page + 1:,} of {self.pages:,}"
-        self._chosen()
+        for number, button in enumerate(self.rows):
+            there = number < len(keys)
+            with button.hold_sync():
+                button.description = labels[number] if there else ""
+                button.tooltip = visible(keys[number])[:_HOVER] if there else ""
+                button.disabled = not there
+        for widget in self._paging:
+            widget.layout.display = "none" if self.pages == 1 else None
+        self.of.value = f"of {self.pages:,}"
+        self.back.disabled, self.ahead.disabled = self.page == 0, self.page == self.pages - 1
+        self._mark()
 
-    def _on_box(self, _: object) -> None:
-        if not self._quiet and self.box.index is not None:
-            self._choose(self.page, self.box.index)
-
-    def _on_row(self, _: object) -> None:
-        if not self._quiet:
-            self._choose(*divmod(self.row.value - 1, PAGE))
-
-    def _choose(self, page: int, at: int) -> None:
-        """Another row. The page stays as it is where the row is on it."""
-        if page != self.page:
-            self._fill(page, at)
-            return
+    def _mark(self) -> None:
+        """Shows which row is chosen."""
+        for number, button in enumerate(self.rows):
+            if number == self.at % PAGE and self._keys:
+                button.add_class("nbm-on")
+            else:
+                button.remove_class("nbm-on")
+        self.where.value = f"Row {self.at + 1:,} of {len(self._keys):,}" if self._keys else "No rows"
         self._quiet = True
         try:
-            self.box.index, self.row.value = at, page * PAGE + at + 1
+            self.number.max = self.pages
+            self.number.value = self.page + 1
         finally:
             self._quiet = False
-        self._chosen()
+
+    def _on_click(self, number: int, _: object) -> None:
+        self.choose(self.page * PAGE + number)
+        self.arrows.leave()
+
+    def _on_turn(self, pages: int) -> None:
+        self._to_page(self.page + pages)
+        self.arrows.leave()
+
+    def _on_page(self, _: object) -> None:
+        if not self._quiet:
+            self._to_page(self.number.value - 1)
+
+    def _to_page(self, page: int) -> None:
+        """The first row of a page."""
+        self.choose(min(max(page, 0), self.pages - 1) * PAGE)
 
     def _aligned(self, rows: Sequence[Sequence[str]]) -> list[str]:
         """The heads and the rows with each column as wide as its widest cell."""
@@ -136,7 +162,25 @@ class Picker:
             f"{text:>{width}}" if column.number else f"{text:{width}}"
             for text, width, column in zip(row, widths, self._columns, strict=True)
         )
-        return _GAP.join(cells).rstrip().replace(" ", _HARD_SPACE)
+        return _GAP.join(cells).rstrip()
+
+
+_HOVER = 1_000  # characters of a name that are shown where the mouse rests on it
+
+
+def _buttons(count: int) -> list[Any]:
+    """Buttons that share what they look like. They are out of Tab's way: it comes to the arrow keys instead."""
+    layout, style = sized("auto"), widgets.ButtonStyle()
+    made = [widgets.Button(layout=layout, style=style, tabbable=False) for _ in range(count)]
+    for button in made:
+        button.add_class("nbm-row")
+    return made
+
+
+def _rows_box(parts: Sequence[Any]) -> Any:
+    box = widgets.VBox(parts)
+    box.add_class("nbm-rows")
+    return box
 
 
 def sized(width: str) -> Any:
