@@ -50,6 +50,8 @@ def edited_config(
         _edit(config, "label2id", {"LABEL_0": 0}, edits)
         if "num_labels" in config:
             _edit(config, "num_labels", 1, edits)
+    elif model.misplaced_architecture:
+        _edit(config, "architectures", [model.misplaced_architecture], edits)
     _drop_quantization(config, edits)
     return edits, (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode() if edits else model.config_bytes
 

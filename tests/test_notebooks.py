@@ -32,8 +32,12 @@ _VOLATILE = (
     (re.compile(r"(\b(?:Files:|uploaded) [\d,]+ files), [\d.,]+ [kMGT]?B"), r"\1, <size>"),
     (re.compile(r"(?<=127\.0\.0\.1:)\d+"), "<port>"),
 )
-# Sizes of the files that torch and transformers write change with their versions.
-_SIZES = ((re.compile(r"[\d.,]+ ([kMGT]?B|bytes)\b"), "<size>"), (re.compile(r"[\d.]+%"), "<share>"))
+# Sizes of the files that torch and transformers write, and the last digits of logits, change with their versions.
+_SIZES = (
+    (re.compile(r"[\d.,]+ ([kMGT]?B|bytes)\b"), "<size>"),
+    (re.compile(r"[\d.]+%"), "<share>"),
+    (re.compile(r"(logits?:) [\d.]+"), r"\1 <logit>"),  # torch sums 16-bit products in another order
+)
 
 
 def texts(notebook: Any, *, sizes: bool) -> list[list[str]]:

@@ -14,6 +14,7 @@ from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from nbmerge.demo.megatron.pieces import Coordinates, ParallelSizes, local_pieces
 from tests.support.megatron import (
     megatron_pieces,
+    saved,
     uneven_rows,
     whole,
     write_torch_dist,
@@ -83,6 +84,7 @@ def test_older_metadata_needs_the_classes_of_megatron(tmp_path: Path, version: s
         assert_loads(tmp_path, tensors)
 
 
+@pytest.mark.skipif(len(saved(torch.zeros(1))) % 2 == 0, reason="torch 2.6 writes archives of even sizes")
 def test_entries_begin_at_odd_offsets_too(tmp_path: Path) -> None:
     tensors = padded(stacked(renamed("llama")), 40)
     write_torch_dist(tmp_path, tensors, megatron_pieces(ParallelSizes(layers=2, tp=2)))

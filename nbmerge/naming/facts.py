@@ -108,7 +108,17 @@ class ModelDirectory:
 
     @property
     def architecture(self) -> str | None:
-        """The class that config.json names first."""
-        names = self.config.get("architectures")
-        first = names[0] if isinstance(names, list) and names else names
-        return first if isinstance(first, str) else None
+        """The class that config.json names first; None where it names none."""
+        return _first_class(self.config) or self.misplaced_architecture
+
+    @property
+    def misplaced_architecture(self) -> str | None:
+        """The class that stands in text_config alone, where transformers 4.57 writes that of Qwen2.5-VL."""
+        text = self.config.get("text_config")
+        return _first_class(text) if isinstance(text, dict) and not _first_class(self.config) else None
+
+
+def _first_class(config: Mapping[str, Any]) -> str | None:
+    names = config.get("architectures")
+    first = names[0] if isinstance(names, list) and names else names
+    return first if isinstance(first, str) else None

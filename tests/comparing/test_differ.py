@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import safetensors.torch
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -20,6 +19,7 @@ from nbmerge.errors import NotSupportedError, OptionError
 from nbmerge.weights import weights_of
 from tests.comparing.making import save, weights
 from tests.comparing.reference import bits_of, reference
+from tests.support.library import SAVED
 
 _SLOW = settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -153,7 +153,7 @@ def test_tensors_of_two_dtypes_are_compared_in_the_wider(tmp_path: Path) -> None
     assert diff_of(tmp_path, b, moved(b, name)).statistics.changed_rounded is None
 
 
-@pytest.mark.skipif(torch.complex64 not in safetensors.torch._SIZE, reason="this safetensors saves no complex numbers")
+@pytest.mark.skipif("complex64" not in SAVED, reason="this safetensors saves no complex numbers")
 def test_integers_and_complex_numbers_are_counted(tmp_path: Path) -> None:
     a = {"steps": torch.tensor([1, -5, 2**62]), "mask": torch.tensor([True, False]), "z": torch.tensor([1 + 1j, 2j])}
     b = {"steps": torch.tensor([1, 3, -(2**62)]), "mask": torch.tensor([True, True]), "z": torch.tensor([1 + 1j, 3j])}

@@ -22,6 +22,7 @@ from nbmerge.engine.sources import LocalFiles
 from nbmerge.expressions import Expr, Stored
 from nbmerge.geometry import Box, contiguous_strides, runs_of_box, tiling_faults, unravel
 from tests.support import examples
+from tests.support.library import SAVED_AND_LOADED
 from tests.support.results import bits
 from tests.support.trees import DTYPES, Forest, as_values, data_of, shapes
 
@@ -101,6 +102,8 @@ def test_a_written_file_holds_what_torch_makes(path: Path, data: st.DataObject):
         entry = entries[f"t{i}"]
         assert (entry.dtype, entry.shape) == (expr.dtype, expr.shape)
         assert raw[entry.offset : entry.offset + entry.nbytes] == data_of(want)
+    if not {expr.dtype.name for expr, _ in trees} <= set(SAVED_AND_LOADED):
+        return
     theirs = load_file(target)
     for i, (expr, want) in enumerate(trees):
         assert bits(theirs[f"t{i}"]) == bits(as_values(want, expr.dtype))

@@ -14,7 +14,7 @@ from nbmerge.explaining.candidates import Known, Mismatch, Strength
 from nbmerge.explaining.table import candidates
 from tests.explaining.questions import causes, first_ones
 from tests.support.messages import assert_says, refusal
-from tests.support.models import memory_state, tiny_model, write_config, write_model_world
+from tests.support.models import HAS_CONVERSIONS, memory_state, tiny_model, write_config, write_model_world
 from tests.support.worlds import write_ranks
 
 
@@ -179,8 +179,9 @@ class TestVerl2319:
             assert "the shapes agree" in subject.best.evidence
 
     def test_is_refused_in_a_plan(self, tmp_path: Path):
-        state = memory_state("qwen3_moe")
-        state["model.layers.0.mlp.experts.down_proj.weight0"] = state.pop("model.layers.0.mlp.experts.down_proj")[0]
+        state, grouped = memory_state("qwen3_moe"), "model.layers.0.mlp.experts.down_proj"
+        first = state.pop(grouped)[0] if HAS_CONVERSIONS else state.pop(grouped.replace("down", "0.down") + ".weight")
+        state[f"{grouped}.weight0"] = first
         write_model_world(tmp_path, "qwen3_moe", state=state)
         message = refusal(nbmerge.PlanError, nbmerge.merge, tmp_path, tmp_path / "out")
         assert_says(message, "no rule takes model.layers.0.mlp.experts.down_proj.weight0")

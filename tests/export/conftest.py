@@ -29,9 +29,10 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     close()
     with running_hub() as state:
         monkeypatch.setattr(constants, "ENDPOINT", state.url)
-        monkeypatch.setattr(
-            constants, "HUGGINGFACE_CO_URL_TEMPLATE", state.url + "/{repo_id}/resolve/{revision}/{filename}"
-        )
+        urls = state.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", urls)
+        # where the client of 0.34 keeps a copy
+        monkeypatch.setattr("huggingface_hub.file_download.HUGGINGFACE_CO_URL_TEMPLATE", urls, raising=False)
         yield state
     close()
 

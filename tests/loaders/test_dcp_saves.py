@@ -46,9 +46,7 @@ def test_a_nested_state_that_a_planner_did_not_flatten_is_told(tmp_path: Path):
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 
-    dcp.save(
-        {"model": TABLE}, checkpoint_id=tmp_path, planner=DefaultSavePlanner(flatten_state_dict=False), no_dist=True
-    )
+    dcp.save({"model": TABLE}, checkpoint_id=tmp_path, planner=DefaultSavePlanner(flatten_state_dict=False))
     said = refusal(UnsupportedCheckpointError, open_checkpoint, tmp_path)
     assert_says(said, "pickled objects: model", "flatten_state_dict=False", "fix:")
 

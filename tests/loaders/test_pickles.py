@@ -59,6 +59,7 @@ def tensors() -> dict[str, torch.Tensor]:
         **{
             f"of {name}": torch.arange(24, dtype=torch.uint8).view(getattr(torch, name))
             for name in BY_NAME
+            if hasattr(torch, name)
         },
         "flags": torch.tensor([True, False, True]),
     }  # fmt: skip

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from nbmerge import ConfigError
@@ -12,6 +14,7 @@ from nbmerge.naming.published import HUB, Named
 from nbmerge.naming.versions import explained, later_config, numbers, refuse_too_old
 from tests.support.messages import assert_says, refusal
 from tests.support.models import HAS_CONVERSIONS, published_state, write_config, write_model_world
+from tests.support.results import assert_same, bits_of_all, receipt_of, saved_bits
 
 OLD, NEW = "4.57.1", "5.24.0"
 STRAY = Problem("no rule takes model.layers.0.mlp.experts.gate_up_proj of shape [5, 20, 18]")
@@ -115,3 +118,19 @@ def test_shards_of_transformers_4_are_merged_under_any(tmp_path):
     assert plan.problems == ()
     assert set(plan.expected) == set(state)
     assert plan.dialect == ("hub" if HAS_CONVERSIONS else "transformers")
+
+
+def test_a_class_that_stands_in_text_config_alone_is_found_and_written_where_it_belongs(tmp_path):
+    """transformers 4.57 saves Qwen2.5-VL's config so."""
+    import nbmerge
+
+    write_model_world(tmp_path / "ckpt", "qwen2_5_vl")
+    config = json.loads((path := tmp_path / "ckpt" / "huggingface" / "config.json").read_text())
+    names = config.pop("architectures")
+    config["text_config"]["architectures"] = names
+    path.write_text(json.dumps(config))
+    nbmerge.merge(tmp_path / "ckpt", tmp_path / "out")
+    assert_same(saved_bits(tmp_path / "out"), bits_of_all(published_state("qwen2_5_vl")))
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["architectures"] == names
+    assert receipt_of(tmp_path / "out")["config_edits"]["architectures"]
+    assert nbmerge.validate(tmp_path / "out", checkpoint=tmp_path / "ckpt").ok

@@ -15,7 +15,7 @@ import nbmerge
 from nbmerge.validation import loading, room, running
 from nbmerge.validation.findings import WARNING
 from nbmerge.validation.running import RunningCheck
-from tests.support.models import write_model_world
+from tests.support.models import HAS_CONVERSIONS, write_model_world
 from tests.validation.directories import CLEAN, clean, edit_index, edit_json, edit_tensors, only, run, sentences
 
 QUERY = "model.layers.0.self_attn.q_proj.weight"
@@ -58,6 +58,9 @@ def test_what_transformers_says_of_its_loading_is_found(whole: Path):
 
     edit_tensors(whole, change)
     outcome = run(RunningCheck(), whole)
+    if not HAS_CONVERSIONS:  # transformers 4 raises for a tensor of another shape
+        only(outcome, "cannot be loaded by transformers")
+        return
     assert [(finding.what, finding.subject) for finding in outcome.findings] == [
         ("is not filled by the files", QUERY),
         ("is not used by the model", "model.extra"),
@@ -150,7 +153,8 @@ def test_a_config_with_which_no_pass_is_possible_is_found(tmp_path: Path):
     directory = clean(tmp_path / "model", "qwen2_tied")
     windows = {"layer_types": ["sliding_attention"] * 2, "sliding_window": None, "use_sliding_window": True}
     edit_json(directory / "config.json", **windows)
-    assert "TypeError: 'NoneType'" in only(run(RunningCheck(), directory), "fails in a forward pass").detail
+    detail = only(run(RunningCheck(), directory), "fails in a forward pass").detail
+    assert "TypeError: " in detail and "'NoneType'" in detail
 
 
 @pytest.mark.parametrize(
