@@ -14,7 +14,7 @@ _waiting: list[Any] = []
 
 def show_later(figure: Any) -> None:
     """Has the figure shown when the cell is over, unless something shows it before. Only where a notebook runs."""
-    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+    shell: Any = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
     if not hasattr(shell, "kernel"):
         return
     if _show not in shell.events.callbacks["post_run_cell"]:

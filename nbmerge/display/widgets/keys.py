@@ -69,9 +69,9 @@ def keyed(chooser: Any, label: str, home: Any, *, upward: int = -1) -> Any:
 
 def _clicked_now() -> bool:
     """Whether a message of a widget is being handled that the browser sent just now, and no cell or an old message."""
-    from IPython import get_ipython  # type: ignore[attr-defined]
+    from IPython import get_ipython
 
-    kernel = getattr(get_ipython(), "kernel", None)
+    kernel: Any = getattr(get_ipython(), "kernel", None)
     if not hasattr(kernel, "get_parent"):
         return False
     header = kernel.get_parent().get("header", {})
