@@ -11,6 +11,9 @@ from typing import Any
 import nbformat
 import pytest
 
+from tests.support.models import HAS_CONVERSIONS
+from tests.support.worlds import IS_TORCH_2_7
+
 NOTEBOOKS = Path(__file__).resolve().parent.parent / "notebooks"
 
 
@@ -38,6 +41,12 @@ _SIZES = (
     (re.compile(r"[\d.]+%"), "<share>"),
     (re.compile(r"(logits?:) [\d.]+"), r"\1 <logit>"),  # torch sums 16-bit products in another order
 )
+# Tutorials whose checkpoints the installed frameworks cannot make, and why.
+_LACKING = {
+    "02": "" if IS_TORCH_2_7 else "torch 2.6 cannot shard by FSDP what tensor parallelism has cut unevenly",
+    "03": "" if IS_TORCH_2_7 else "FSDP2 of torch 2.6 does not train on the CPU",
+    "04": "" if HAS_CONVERSIONS else "transformers 4 has no Gemma 4",
+}
 
 
 def texts(notebook: Any, *, sizes: bool) -> list[list[str]]:
@@ -60,8 +69,13 @@ def _normalised(text: str, *, sizes: bool) -> str:
 
 @pytest.mark.parametrize("path", sorted(NOTEBOOKS.glob("*.ipynb")), ids=lambda path: path.stem)
 def test_a_tutorial_runs_and_says_what_its_committed_outputs_say(path: Path, tmp_path: Path) -> None:
+    if lacking := next((why for number, why in _LACKING.items() if path.stem.startswith(number) and why), ""):
+        pytest.skip(lacking)
     committed = nbformat.read(path, as_version=4)
-    executed = REFRESH.run(path, tmp_path)
+    executed = REFRESH.run(path, tmp_path)  # raises for an error in a cell
+    assert len(texts(executed, sizes=False)) == len(texts(committed, sizes=False))
+    if not HAS_CONVERSIONS:  # whose names and files are others than those of the committed outputs
+        return
     sizes = committed.metadata.get("written_with") == executed.metadata["written_with"]
     assert texts(executed, sizes=sizes) == texts(committed, sizes=sizes)
 

@@ -32,7 +32,10 @@ def build_tokenizer() -> Any:
     tokenizer = Tokenizer(BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, pad_token=END)
+    # transformers 4 would also give token types, which models like Qwen2 do not take.
+    names = [name for name in PreTrainedTokenizerFast.model_input_names if name != "token_type_ids"]
+    options = {"model_input_names": names} if names != PreTrainedTokenizerFast.model_input_names else {}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, pad_token=END, **options)
 
 
 def _word_merges() -> list[tuple[str, str]]:

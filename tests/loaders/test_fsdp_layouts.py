@@ -18,7 +18,7 @@ from tests.support.models import memory_state, write_config
 from tests.support.processes import in_child
 from tests.support.results import bits, bits_of
 from tests.support.worlds import (
-    HAS_UNEVEN_TP,
+    IS_TORCH_2_7,
     mesh_states,
     rank_file,
     rank_of,
@@ -28,7 +28,7 @@ from tests.support.worlds import (
     write_sharded_tensor_world,
 )
 
-of_torch_2_7 = pytest.mark.skipif(not HAS_UNEVEN_TP, reason="torch 2.6 cannot write such shards")
+of_torch_2_7 = pytest.mark.skipif(not IS_TORCH_2_7, reason="torch 2.6 cannot write such shards")
 
 TENSORS = {
     "rows": torch.randn(10, 3),

@@ -15,7 +15,7 @@ import nbmerge
 from nbmerge.dtypes import BY_NAME
 from nbmerge.expressions import Input
 from nbmerge.naming.turned import turned
-from tests.support.models import memory_state, published_state, write_config, write_model_world
+from tests.support.models import HAS_CONVERSIONS, memory_state, published_state, write_config, write_model_world
 from tests.support.results import assert_same, bits_of_all, saved_bits
 
 FAMILY = "qwen3_vl_moe"
@@ -38,7 +38,11 @@ def test_shards_are_merged_and_proven(tmp_path: Path):
     assert_same(saved_bits(tmp_path / "out"), bits_of_all(published_state(FAMILY)))
     reference = write_config(tmp_path / "reference", FAMILY)
     save_file(of_the_other_version(published_state(FAMILY)), reference / "model.safetensors")
-    assert nbmerge.validate(tmp_path / "out", checkpoint=tmp_path / "ckpt", reference=reference).ok
+    report = nbmerge.validate(tmp_path / "out", checkpoint=tmp_path / "ckpt", reference=reference)
+    # transformers 4 loads no reference of 5, whose logits would be compared
+    assert {result.name for result in report.results if result.outcome.findings} <= (
+        set() if HAS_CONVERSIONS else {"running"}
+    )
 
 
 @pytest.mark.parametrize("is_turned", [False, True])

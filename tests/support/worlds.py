@@ -17,8 +17,9 @@ from typing import Any
 import torch
 
 State = Mapping[str, Any]
-HAS_UNEVEN_TP = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 7)
-"""Whether the installed torch shards by FSDP what tensor parallelism has cut unevenly."""
+IS_TORCH_2_7 = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 7)
+"""Whether torch is 2.7 or newer. 2.6 shards nothing by FSDP that tensor parallelism has cut unevenly, and its FSDP2
+does not train on the CPU."""
 
 
 def rank_file(directory: Path, world_size: int, rank: int) -> Path:
