@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 import nbmerge
 from nbmerge import (
     AmbiguousCheckpointError,
+    ConfigError,
     CorruptFileError,
     IncompleteCheckpointError,
     NotACheckpointError,
@@ -158,15 +159,25 @@ def test_an_adapter_alone_is_no_model(tmp_path: Path, file: str):
     state = {"base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight": torch.ones(2, 4)}
     (save_file if file.endswith("safetensors") else torch.save)(state, tmp_path / file)
     (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA"}')
-    said = refusal(NotACheckpointError, open_checkpoint, tmp_path)
-    assert_says(said, "holds an adapter", file, "--lora fold", "fix:")
+    assert open_checkpoint(tmp_path).is_adapter
+    said = refusal(ConfigError, nbmerge.plan_merge, tmp_path)
+    assert_says(said, "a LoRA adapter alone", "fix:", "--base_model DIR")
     assert not nbmerge.diff(tmp_path, tmp_path).changed
 
 
-def test_an_adapter_above_a_checkpoint_points_to_it(tmp_path: Path):
-    save_file({"a.lora_A.weight": torch.ones(2, 4)}, tmp_path / "adapter_model.safetensors")
+def test_an_adapter_under_a_name_that_peft_does_not_give_is_told(tmp_path: Path):
+    save_file({"a.lora_A.weight": torch.ones(2, 4)}, tmp_path / "adapter_1.safetensors")
+    said = refusal(NotACheckpointError, open_checkpoint, tmp_path)
+    assert_says(said, "holds an adapter", "adapter_1.safetensors", "adapter_model.safetensors", "fix:   rename")
     tiny_model("llama").save_pretrained(tmp_path / "checkpoint-3")
     assert_says(refusal(NotACheckpointError, open_checkpoint, tmp_path), f"fix:   pass {tmp_path / 'checkpoint-3'}")
+
+
+def test_an_adapter_above_a_checkpoint_is_one_of_a_run(tmp_path: Path):
+    save_file({"a.lora_A.weight": torch.ones(2, 4)}, tmp_path / "adapter_model.safetensors")
+    tiny_model("llama").save_pretrained(tmp_path / "checkpoint-3")
+    assert {each.path for each in nbmerge.inspect(tmp_path)} == {tmp_path, tmp_path / "checkpoint-3"}
+    assert open_checkpoint(tmp_path).is_adapter
 
 
 def test_a_counter_beside_the_state_dict_is_not_taken_for_it(tmp_path: Path):
