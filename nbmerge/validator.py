@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from nbmerge.errors import NbmergeError, OptionError
 from nbmerge.layout import Checkpoint
+from nbmerge.loaders.reading import is_file
 from nbmerge.opening import PathLike, listener_of
 from nbmerge.options import ValidateOptions, expanded_path
 from nbmerge.plan import MergePlan
@@ -18,7 +19,7 @@ from nbmerge.report import MergeReport
 from nbmerge.shown import Displayed
 from nbmerge.validation.adapter import not_of_an_adapter
 from nbmerge.validation.findings import Check, CheckResult, Outcome
-from nbmerge.validation.on_disk import is_file, unreadable
+from nbmerge.validation.on_disk import unreadable
 from nbmerge.validation.planned import as_finding
 from nbmerge.validation.report import ValidationReport
 from nbmerge.validation.subject import Subject

@@ -110,7 +110,6 @@ def converted(words: Words, dtype: DType, to: DType) -> Words:
 
 def rounded(words: Words, dtype: DType, to: DType) -> Words:
     """The elements rounded to a narrower floating dtype, to the nearest, ties to even, as torch rounds."""
-
     target = torch_dtype(to.name)
     flat = words.reshape(-1)
     parts = [flat[i : i + _TORCH_GRAIN] for i in range(0, len(flat), _TORCH_GRAIN)]

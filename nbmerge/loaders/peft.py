@@ -11,12 +11,8 @@ from nbmerge.layout import Checkpoint, SourceFile
 from nbmerge.loaders.base import OpenOptions
 from nbmerge.loaders.whole import WeightFiles, whole_checkpoint
 
-_TOKENIZER = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "chat_template.jinja",
-)  # as trainers save it
+# As trainers save it beside an adapter.
+_TOKENIZER = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "chat_template.jinja")
 
 
 def adapter_files(directory: Path) -> WeightFiles | None:

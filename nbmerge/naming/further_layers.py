@@ -15,23 +15,23 @@ _OWN = ("eh_proj.weight", "enorm.weight", "hnorm.weight")
 _COUNTS = ("num_nextn_predict_layers", "num_mtp_layers")
 
 
-def further_layers(
-    names: Iterable[str], config: Mapping[str, Any], recorded: Set[str] = frozenset()
-) -> frozenset[str]:  # fmt: skip
+def further_layers(names: Iterable[str], config: Mapping[str, Any], recorded: Set[str] = frozenset()) -> frozenset[str]:
     """Of published names, those of further layers.
 
     That there is one, config.json says; names that a receipt recorded as known and not loaded need no config.
     """
+    first = _number(config, "num_hidden_layers")
+    stop = first + max(_number(config, key) for key in _COUNTS)
+    if first <= 0 or (stop <= first and not recorded):  # no further layer is known of: nearly every model
+        return frozenset()
     layers: dict[str, set[str]] = {}
     for name in names:
         if match := _LAYER.match(name):
             layers.setdefault(match[0], set()).add(name)
-    first = _number(config, "num_hidden_layers")
-    stop = first + max(_number(config, key) for key in _COUNTS)
     found: set[str] = set()
     for layer, members in layers.items():
         number = int(layer.rstrip(".").rpartition(".")[2])
-        if 0 < first <= number and any(layer + own in members for own in _OWN):
+        if first <= number and any(layer + own in members for own in _OWN):
             found |= members if number < stop else members & recorded
     return frozenset(found)
 

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from nbmerge.errors import listing, plural
+from nbmerge.loaders.reading import is_file
 from nbmerge.naming.facts import ModelFacts
 from nbmerge.plan import MergePlan, SideFile
 from nbmerge.validation.findings import ERROR, WARNING, Finding, Outcome
-from nbmerge.validation.on_disk import content_of, is_file
+from nbmerge.validation.on_disk import content_of
 from nbmerge.validation.subject import INDEX_NAME, Subject
 
 # What decides which model it is and what its tokens mean. The rest (sampling, templates, notes) is often changed

@@ -5,15 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from nbmerge.errors import CheckpointError
+from nbmerge.loaders.reading import is_file
 from nbmerge.receipt import sha256_of
-
-
-def is_file(path: Path) -> bool:
-    """Whether there is such a file. A name that no file system takes (too long, with a NUL) is none."""
-    try:
-        return path.is_file()
-    except (OSError, ValueError):
-        return False
 
 
 def size_of(path: Path) -> int | None:

@@ -10,12 +10,12 @@ from typing import Any
 
 from nbmerge.errors import CheckpointError, ConfigError, NbmergeError, NotACheckpointError, listing, one_line
 from nbmerge.layout import Checkpoint
+from nbmerge.loaders.reading import is_file
 from nbmerge.naming.facts import ModelFacts
 from nbmerge.opening import PathLike, base_config_dir, open_checkpoint, plan_merge
 from nbmerge.options import OPEN_ONLY, OPEN_OPTIONS, MergeOptions, expanded_path
 from nbmerge.plan import MergePlan
 from nbmerge.validation.findings import WARNING, Finding
-from nbmerge.validation.on_disk import is_file
 from nbmerge.validation.subject import Subject
 from nbmerge.weights import Source
 

@@ -8,10 +8,11 @@ from typing import Any
 
 from nbmerge.engine.pool import Pool, default_workers
 from nbmerge.errors import plural
+from nbmerge.loaders.reading import is_file
 from nbmerge.receipt import RECEIPT_NAME, SCHEMA
 from nbmerge.validation.beside import additions, recorded_beside, severity_of
 from nbmerge.validation.findings import WARNING, Check, Finding, Outcome
-from nbmerge.validation.on_disk import digest_of, is_file, is_inside, size_of
+from nbmerge.validation.on_disk import digest_of, is_inside, size_of
 from nbmerge.validation.subject import Subject
 
 _CHANGED = "the file was changed, damaged or replaced after the merge"
