@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from nbmerge import expressions as ex
+from nbmerge.collapse import Group, collapse
 from nbmerge.dtypes import DType
 from nbmerge.errors import Problem
 from nbmerge.expressions import Expr, Stored
@@ -120,6 +121,24 @@ class LazyTensor(Displayed, Plotted):
 
         with listener_of(progress) as listen:
             return stats_of(self.name, self.expr, sample=sample, workers=workers, listener=listen)
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """Tensors of one name but for its numbers, and of one shape, dtype and mesh, so that one stands for all."""
+
+    group: Group
+    first: LazyTensor
+
+    @property
+    def count(self) -> int:
+        """How many they are."""
+        return self.group.count
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all of them."""
+        return self.count * self.first.nbytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -269,15 +288,24 @@ class Checkpoint(Displayed, Explored, Plotted):
     is_adapter: bool = False
     is_untied: bool = False
 
+    @cached_property
+    def kinds(self) -> tuple[Kind, ...]:
+        """Its tensors, alike ones together, in the order in which each kind begins.
+
+        Found once, when it is opened: displays of a hundred thousand tensors then look at a few dozen kinds.
+        """
+        named = ((name, (t.expr.shape, t.expr.dtype, t.mesh, len(t.chunks))) for name, t in self.tensors.items())
+        return tuple(Kind(group, self.tensors[group.first]) for group in collapse(named))
+
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors, each counted once."""
-        return sum(tensor.nbytes for tensor in self.tensors.values())
+        return sum(kind.nbytes for kind in self.kinds)
 
     @property
     def numel(self) -> int:
         """Elements of all tensors, each counted once."""
-        return sum(tensor.numel for tensor in self.tensors.values())
+        return sum(kind.count * kind.first.numel for kind in self.kinds)
 
     def __getitem__(self, name: str) -> LazyTensor:
         return self.tensors[name]

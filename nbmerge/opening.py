@@ -68,7 +68,9 @@ def open_checkpoint(
         )
         found = open_checkpoint_directory(expanded_path(os.fspath(path)), backend, options)
     shaping = {"weights": weights, "mesh_dim_names": mesh_dim_names, "mesh_shape": mesh_shape, "placements": placements}
-    return replace(found, opened_with={name: _recorded(value) for name, value in shaping.items() if value})
+    opened = replace(found, opened_with={name: _recorded(value) for name, value in shaping.items() if value})
+    _ = opened.kinds  # found now, so that the first display need not
+    return opened
 
 
 def _recorded(value: object) -> object:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-from nbmerge.dtypes import DType
+from nbmerge.dtypes import BY_NAME, DType
 from nbmerge.errors import PlanError, Problem, plural
 from nbmerge.explaining.candidates import Mismatch
 from nbmerge.explaining.diagnosis import Diagnosis
@@ -46,9 +48,18 @@ class OutputFile:
     tensors: tuple[OutputTensor, ...]
 
     @cached_property
+    def bytes_by_dtype(self) -> Mapping[str, int]:
+        """Bytes of the tensors by the name of their dtype."""
+        forms = Counter((tensor.expr.shape, tensor.expr.dtype.name) for tensor in self.tensors)
+        found: Counter[str] = Counter()
+        for (shape, name), count in forms.items():
+            found[name] += count * math.prod(shape) * BY_NAME[name].itemsize
+        return found
+
+    @property
     def data_bytes(self) -> int:
         """Bytes of all tensors."""
-        return sum(tensor.nbytes for tensor in self.tensors)
+        return sum(self.bytes_by_dtype.values())
 
     @property
     def size(self) -> int:

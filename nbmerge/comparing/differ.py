@@ -50,7 +50,7 @@ def diff_weights(
     diff = looking.report(a.label, b.label, collector, looked)
     if rank_one:
         diff = replace(diff, tensors=_with_rank_one(diff, walks, workers, listener))
-    return replace(diff, looked=replace(diff.looked, seconds=time.perf_counter() - start))
+    return replace(diff, looked=replace(diff.looked, seconds=time.perf_counter() - start)).summed_up()
 
 
 def check_options(*, sample: float, rank_one: bool, workers: int | None) -> None:

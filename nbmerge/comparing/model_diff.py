@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from nbmerge.comparing.left_out import A, B, Mismatch, Unmatched
-from nbmerge.comparing.rolling import Place, place_of, rolled
+from nbmerge.comparing.rolling import Place, Together, place_of, rolled, together
 from nbmerge.comparing.statistics import Statistics, combined
 from nbmerge.dtypes import DType
 from nbmerge.geometry import Shape, unravel
@@ -37,7 +37,7 @@ class TensorDiff(Displayed, Plotted):
     frozen: bool = False
     rank_one: float | None = None
 
-    @property
+    @cached_property
     def place(self) -> Place:
         """Its layer, kind of module, and part of the model."""
         return place_of(self.name, len(self.shape))
@@ -107,7 +107,7 @@ class ModelDiff(Displayed, Explored, Plotted):
     @cached_property
     def statistics(self) -> Statistics:
         """All tensors together."""
-        return combined(tensor.statistics for tensor in self.tensors.values())
+        return combined(found.statistics for found in self.by_place.values())
 
     @cached_property
     def changed(self) -> tuple[TensorDiff, ...]:
@@ -117,7 +117,12 @@ class ModelDiff(Displayed, Explored, Plotted):
     @cached_property
     def frozen_moved(self) -> tuple[TensorDiff, ...]:
         """Tensors that were declared frozen and changed."""
-        return tuple(tensor for tensor in self.changed if tensor.frozen)
+        return tuple(tensor for tensor in self.changed if tensor.frozen) if self.frozen else ()
+
+    @cached_property
+    def tensor_notes(self) -> tuple[str, ...]:
+        """Which tensors were paired by a rule, and which."""
+        return tuple(f"{tensor.name}: {tensor.note}" for tensor in self.tensors.values() if tensor.note)
 
     @property
     def only_a(self) -> tuple[Unmatched, ...]:
@@ -130,21 +135,26 @@ class ModelDiff(Displayed, Explored, Plotted):
         return tuple(one for one in self.unmatched if one.side == B)
 
     @cached_property
+    def by_place(self) -> Mapping[Place, Together]:
+        """The tensors by what the other sums go by: layer, kind of module, and part of the model."""
+        return together(self.tensors.values())
+
+    @cached_property
     def by_layer(self) -> Mapping[tuple[str, int | None], Statistics]:
         """The statistics of every layer, by (container, number); what is in no layer by ("", None)."""
-        return rolled(self.tensors.values(), lambda tensor: (tensor.place.stack, tensor.place.layer))
+        return rolled(self.by_place, lambda place: (place.stack, place.layer))
 
     @cached_property
     def by_kind(self) -> Mapping[str, Statistics]:
         """The statistics of every kind of module over all layers: `self_attn.q_proj`, `mlp.experts`, `norms`, …"""
-        return rolled(self.tensors.values(), lambda tensor: tensor.place.kind)
+        return rolled(self.by_place, lambda place: place.kind)
 
     @cached_property
     def by_part(self) -> Mapping[str, Statistics]:
         """The statistics of matrices, embeddings, norms, biases and other tensors."""
-        return rolled(self.tensors.values(), lambda tensor: tensor.place.part)
+        return rolled(self.by_place, lambda place: place.part)
 
-    @property
+    @cached_property
     def compared_as(self) -> tuple[tuple[DType, DType, DType], ...]:
         """Each (dtype in A, dtype in B, dtype of the comparison) where the first two differ."""
         found = {
@@ -169,4 +179,15 @@ class ModelDiff(Displayed, Explored, Plotted):
 
     def largest_updates(self, count: int) -> Sequence[TensorDiff]:
         """The tensors that changed most, by relative L2, then by the share of changed elements."""
-        return sorted(self.changed, key=lambda t: (t.statistics.relative_l2 or 0.0, t.share), reverse=True)[:count]
+        return self._by_update[:count]
+
+    @cached_property
+    def _by_update(self) -> Sequence[TensorDiff]:
+        return sorted(self.changed, key=lambda t: (t.statistics.relative_l2 or 0.0, t.share), reverse=True)
+
+    def summed_up(self) -> ModelDiff:
+        """The same, with the sums over all tensors made now. Of a hundred thousand they take seconds, for which the
+        first display should not have to wait.
+        """
+        _ = self.statistics, self.compared_as, self.tensor_notes, self._by_update
+        return self

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import re
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
@@ -45,7 +45,6 @@ class Place:
     part: str
 
 
-@functools.lru_cache(maxsize=65536)
 def place_of(name: str, dims: int) -> Place:
     """The place of a tensor by its name and the number of its dimensions.
 
@@ -84,18 +83,38 @@ def is_vocabulary(name: str) -> bool:
     return bool(_EMBEDDING.search(_LEAF.sub("", name)))
 
 
-def rolled(tensors: Iterable[TensorDiff], key: Callable[[TensorDiff], Key]) -> dict[Key, Statistics]:
-    """The statistics of tensors with the same key together, in the order in which the keys appear."""
-    groups: dict[Key, list[Statistics]] = {}
+@dataclass(frozen=True, slots=True)
+class Together:
+    """Tensors of one place: how many, how many of them changed, and their statistics as if they were one."""
+
+    tensors: int
+    changed: int
+    statistics: Statistics
+
+
+def together(tensors: Iterable[TensorDiff]) -> dict[Place, Together]:
+    """The tensors of each place, in the order in which the places appear; of a layer, all experts share one."""
+    groups: dict[Place, list[Statistics]] = {}
     for tensor in tensors:
-        groups.setdefault(key(tensor), []).append(tensor.statistics)
+        groups.setdefault(tensor.place, []).append(tensor.statistics)
+    return {
+        place: Together(len(parts), sum(1 for one in parts if one.changed), combined(parts))
+        for place, parts in groups.items()
+    }
+
+
+def rolled(places: Mapping[Place, Together], key: Callable[[Place], Key]) -> dict[Key, Statistics]:
+    """The statistics of places with the same key together, in the order in which the keys appear."""
+    groups: dict[Key, list[Statistics]] = {}
+    for place, found in places.items():
+        groups.setdefault(key(place), []).append(found.statistics)
     return {found: combined(parts) for found, parts in groups.items()}
 
 
-def main_stack(tensors: Mapping[str, TensorDiff]) -> str:
+def main_stack(places: Mapping[Place, Together]) -> str:
     """The container whose layers hold most elements; empty where there are none."""
-    sizes: dict[str, int] = {}
-    for tensor in tensors.values():
-        if tensor.place.layer is not None:
-            sizes[tensor.place.stack] = sizes.get(tensor.place.stack, 0) + tensor.statistics.elements
+    sizes: Counter[str] = Counter()
+    for place, found in places.items():
+        if place.layer is not None:
+            sizes[place.stack] += found.statistics.elements
     return max(sizes, key=lambda stack: sizes[stack], default="")

@@ -106,7 +106,8 @@ def _step(
 
     looked = looking.scan(walks, visit)
     diff = looking.report(before.label, now.label, collector, looked)
-    return Step(now.label, replace(diff, looked=replace(looked, seconds=time.perf_counter() - start)), updates.products)
+    diff = replace(diff, looked=replace(looked, seconds=time.perf_counter() - start))
+    return Step(now.label, diff, updates.products).summed_up()
 
 
 def _walks(alignment: Alignment, last: Alignment | None) -> Iterator[Walk]:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from nbmerge.comparing.rolling import PARTS
 from nbmerge.errors import plural
 
 if TYPE_CHECKING:
-    from nbmerge.comparing.model_diff import ModelDiff, TensorDiff
+    from nbmerge.comparing.model_diff import ModelDiff
 
 _SINGULAR = {"matrices": "matrix", "embeddings": "embedding", "norms": "norm", "biases": "bias",
              "other tensors": "other tensor"}  # fmt: skip
@@ -43,7 +43,10 @@ def joined(words: Sequence[str]) -> str:
 
 
 def _changes(diff: ModelDiff) -> Iterator[str]:
-    every, moved = _by_part(diff.tensors.values()), _by_part(diff.changed)
+    every, moved = Counter[str](), Counter[str]()
+    for place, found in diff.by_place.items():
+        every[place.part] += found.tensors
+        moved[place.part] += found.changed
     first, *others = [part for part in PARTS if moved[part]]
     dtypes = _compared_as(diff)
     share = percent(diff.statistics.share)
@@ -54,10 +57,6 @@ def _changes(diff: ModelDiff) -> Iterator[str]:
     still = [part for part in PARTS if every[part] and not moved[part]]
     if still:
         yield f"{joined(still)} did not move"
-
-
-def _by_part(tensors: Iterable[TensorDiff]) -> Counter[str]:
-    return Counter(tensor.place.part for tensor in tensors)
 
 
 def _so_many(part: str, moved: int, every: int) -> str:

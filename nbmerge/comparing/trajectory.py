@@ -67,6 +67,11 @@ class Step:
             sums[kind] = sums.get(kind, UpdateProducts()) + products
         return {kind: products.cosine for kind, products in sums.items()}
 
+    def summed_up(self) -> Step:
+        """The same, with the sums over all tensors made now, as `ModelDiff.summed_up` makes them."""
+        _ = self.diff.summed_up(), self.cosine, self.cosines_by_kind
+        return self
+
 
 @dataclass(frozen=True, repr=False)
 class Trajectory(Displayed, Plotted):

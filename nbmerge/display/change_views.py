@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Iterator
 
+from nbmerge.collapse import collapse
 from nbmerge.comparing.elements import is_held
 from nbmerge.display import words
-from nbmerge.display.collapse import collapse
 from nbmerge.display.model import Cell, Column, Table
 from nbmerge.errors import listing, plural
 from nbmerge.naming.notes import ZEROS

@@ -10,7 +10,7 @@ from nbmerge.display import words
 from nbmerge.display.layout_views import layout_sections
 from nbmerge.display.meshes import mesh_in_words
 from nbmerge.display.model import PROBLEM, Alert, Cell, Column, Fact, Section, Table, View
-from nbmerge.display.parameter_views import Parameters, parameters_of, parameters_section
+from nbmerge.display.parameter_views import parameters_section
 from nbmerge.display.rank_views import ranks_section
 from nbmerge.errors import Problem, plural
 from nbmerge.layout import Checkpoint, SourceFile
@@ -22,18 +22,15 @@ _PROBLEMS = 10
 
 def checkpoint_view(checkpoint: Checkpoint) -> View:
     """What it is in one sentence, then how it is sharded, its parameters, its files, and what to know of it."""
-    tensors = checkpoint.tensors
-    parameters = parameters_of(tensors)
-    total = sum(one.nbytes for one in parameters)
     return View(
         title="Checkpoint",
-        sentence=_sentence(checkpoint, parameters, total),
+        sentence=_sentence(checkpoint),
         alerts=problem_alerts(checkpoint.problems),
-        facts=tuple(_facts(checkpoint, parameters, total)),
+        facts=tuple(_facts(checkpoint)),
         sections=(
-            *layout_sections(checkpoint, parameters, total),
+            *layout_sections(checkpoint),
             *ranks_section(checkpoint),
-            parameters_section(checkpoint, parameters, total),
+            parameters_section(checkpoint),
             *_files_section(checkpoint),
             *_notes_section(checkpoint),
         ),
@@ -80,28 +77,24 @@ def dtypes_in_words(nbytes: Counter[str], total: int) -> str:
     return ", ".join(found) + (f" and {len(nbytes) - 4} more" if len(nbytes) > 4 else "")
 
 
-def _sentence(checkpoint: Checkpoint, parameters: list[Parameters], total: int) -> str:
+def _sentence(checkpoint: Checkpoint) -> str:
     written = "" if checkpoint.whole else f", written by {plural(checkpoint.world_size, 'rank')}"
     if checkpoint.mesh:
         written += f" on a mesh {mesh_in_words(checkpoint)}"
     nbytes: Counter[str] = Counter()
-    for one in parameters:
-        nbytes[one.first.dtype.name] += one.nbytes
+    for kind in checkpoint.kinds:
+        nbytes[kind.first.dtype.name] += kind.nbytes
     return (
         f"{checkpoint.layout}{written}: {plural(len(checkpoint.tensors), 'tensor')}, "
-        f"{words.big_count(_elements(parameters), 'parameter')}, {words.byte_size(total)}, "
-        f"{dtypes_in_words(nbytes, total) or 'no dtype'}"
+        f"{words.big_count(checkpoint.numel, 'parameter')}, {words.byte_size(checkpoint.nbytes)}, "
+        f"{dtypes_in_words(nbytes, checkpoint.nbytes) or 'no dtype'}"
     )
 
 
-def _elements(parameters: list[Parameters]) -> int:
-    return sum(one.count * one.first.numel for one in parameters)
-
-
-def _facts(checkpoint: Checkpoint, parameters: list[Parameters], total: int) -> Iterator[Fact]:
+def _facts(checkpoint: Checkpoint) -> Iterator[Fact]:
     yield Fact("path", words.elide(str(checkpoint.path), 2 * words.NAME_LIMIT), code=True)
-    yield Fact("parameters", f"{_elements(parameters):,}")
-    yield Fact("bytes", words.exact_bytes(total))
+    yield Fact("parameters", f"{checkpoint.numel:,}")
+    yield Fact("bytes", words.exact_bytes(checkpoint.nbytes))
     needed = "--base_model" if checkpoint.is_adapter else "--hf_model_config_path"
     config = str(checkpoint.config_dir) if checkpoint.config_dir else f"none found; a merge needs {needed}"
     yield Fact("config", words.elide(config, 2 * words.NAME_LIMIT), code=checkpoint.config_dir is not None)

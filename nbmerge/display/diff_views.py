@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Sequence
 
+from nbmerge.collapse import collapse
 from nbmerge.comparing.left_out import Unmatched
 from nbmerge.comparing.model_diff import ModelDiff, TensorDiff
-from nbmerge.comparing.rolling import kind_order, main_stack, rolled
+from nbmerge.comparing.rolling import Place, Together, kind_order, main_stack, rolled
 from nbmerge.comparing.sentence import percent
 from nbmerge.comparing.statistics import Statistics, combined, ulp_bin
 from nbmerge.display import words
-from nbmerge.display.collapse import collapse
 from nbmerge.display.model import ATTENTION, PROBLEM, Alert, Cell, Column, Fact, Section, Table, View
 from nbmerge.display.sparklines import magnitude_line, power_of_two, scientific, ulp_line
 from nbmerge.errors import listing, plural
@@ -64,7 +64,8 @@ def diff_alerts(diff: ModelDiff) -> Iterator[Alert]:
             f"{plural(len(diff.frozen_unseen), 'tensor')} declared frozen could not be compared as a whole",
             (("tensors", _names(diff.frozen_unseen)),),
         )
-    broken = [tensor for tensor in diff.changed if tensor.statistics.nonfinite_b > tensor.statistics.nonfinite_a]
+    changed = diff.changed if diff.statistics.nonfinite_b else ()
+    broken = [tensor for tensor in changed if tensor.statistics.nonfinite_b > tensor.statistics.nonfinite_a]
     if broken:
         yield Alert(
             ATTENTION,
@@ -145,7 +146,7 @@ def _sections(diff: ModelDiff) -> Iterator[Section]:
         yield _tensors_section(diff)
     if diff.unmatched or diff.mismatched:
         yield _left_out_section(diff)
-    notes = [*diff.notes, *dict.fromkeys(f"{t.name}: {t.note}" for t in diff.tensors.values() if t.note)]
+    notes = [*diff.notes, *diff.tensor_notes]
     if notes:
         shown = tuple(words.elide(note, words.PROSE_LIMIT) for note in notes[:6])
         yield Section("How tensors were paired", plural(len(notes), "rule"), notes=shown)
@@ -155,19 +156,22 @@ def _rounding(diff: ModelDiff) -> str:
     return "" if diff.statistics.changed_rounded is None else ", after rounding to the narrower dtype"
 
 
+def main_layers(diff: ModelDiff) -> tuple[str, dict[Place, Together], list[int]]:
+    """The container of the largest layers, the places in it, and the layers' numbers; none where there are none."""
+    stack = main_stack(diff.by_place)
+    inside = {place: one for place, one in diff.by_place.items() if place.layer is not None and place.stack == stack}
+    return stack, inside, sorted({place.layer for place in inside if place.layer is not None})
+
+
 def _heat(diff: ModelDiff) -> Table | None:
     """Layers by kinds of module; neighbouring layers together where there are many."""
-    stack = main_stack(diff.tensors)
-    inside = [
-        tensor for tensor in diff.tensors.values() if tensor.place.layer is not None and tensor.place.stack == stack
-    ]
-    layers = sorted({tensor.place.layer for tensor in inside if tensor.place.layer is not None})
+    stack, inside, layers = main_layers(diff)
     if not layers:
         return None
-    kinds = sorted({tensor.place.kind: None for tensor in inside}, key=kind_order)
+    kinds = sorted({place.kind for place in inside}, key=kind_order)
     width = -(-len(layers) // _LAYERS)
     rows_of = {layer: number // width for number, layer in enumerate(layers)}
-    cells = rolled(inside, lambda tensor: (rows_of[tensor.place.layer or 0], tensor.place.kind))
+    cells = rolled(inside, lambda place: (rows_of[place.layer or 0], place.kind))
     most = max(map(shown_share, cells.values()), default=0.0)
     rows = []
     for row, start in enumerate(range(0, len(layers), width)):
@@ -225,12 +229,13 @@ def _measure_cells(found: Statistics) -> tuple[Cell, ...]:
 
 
 def _tensors_section(diff: ModelDiff) -> Section:
-    ranked = any(tensor.rank_one is not None for tensor in diff.changed)
+    largest = diff.largest_updates(_TENSORS)
+    ranked = any(tensor.rank_one is not None for tensor in largest)
     columns = [Column("tensor", code=True), Column("changed", number=True), Column("relative L2", number=True)]
     columns += [Column("rank one", number=True)] if ranked else []
     columns += [Column("|Δ|")]
     rows = []
-    for tensor in diff.largest_updates(_TENSORS):
+    for tensor in largest:
         found = tensor.statistics
         row = [Cell(words.elide(tensor.name)), share_cell(found), Cell(number(found.relative_l2))]
         if ranked:

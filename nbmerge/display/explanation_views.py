@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from itertools import zip_longest
 
+from nbmerge.collapse import collapse
 from nbmerge.display import words
 from nbmerge.display.checkpoint_views import problem_alerts
-from nbmerge.display.collapse import collapse
 from nbmerge.display.model import ATTENTION, PROBLEM, Alert, Cell, Column, Fact, Section, Table, View
 from nbmerge.errors import listing, plural
 from nbmerge.explaining.candidates import Candidate

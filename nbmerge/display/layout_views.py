@@ -10,21 +10,20 @@ from nbmerge.display import words
 from nbmerge.display.maps import mesh_map, shard_map
 from nbmerge.display.meshes import axis_label, mesh_in_words, on_axis, placement_in_words, table_axes
 from nbmerge.display.model import Cell, Column, Grid, Section, Table
-from nbmerge.display.parameter_views import Parameters
 from nbmerge.display.shards import Cut, cut_of
 from nbmerge.errors import plural
-from nbmerge.layout import Checkpoint
+from nbmerge.layout import Checkpoint, Kind
 
 _LAYOUTS = 16
 _AXES = 6
 _DRAWN = 4  # placements of which a tensor is drawn
 
 
-def layout_sections(checkpoint: Checkpoint, parameters: list[Parameters], total: int) -> Iterator[Section]:
+def layout_sections(checkpoint: Checkpoint) -> Iterator[Section]:
     """A table of the placements, and drawings of which rank holds which box."""
-    axes = table_axes(checkpoint, [one.first.mesh for one in parameters])[:_AXES]
-    groups: dict[tuple[str, ...], list[tuple[Parameters, Cut]]] = {}
-    for one in parameters:
+    axes = table_axes(checkpoint, [one.first.mesh for one in checkpoint.kinds])[:_AXES]
+    groups: dict[tuple[str, ...], list[tuple[Kind, Cut]]] = {}
+    for one in checkpoint.kinds:
         on = tuple(on_axis(one.first, axis, checkpoint) for axis in axes) or (
             placement_in_words(one.first, checkpoint),
         )
@@ -35,6 +34,7 @@ def layout_sections(checkpoint: Checkpoint, parameters: list[Parameters], total:
     places = [Column(f"on {axis_label(axis)}") for axis in axes] or [Column("placement")]
     counts = ("tensors", *kinds, "pieces" if once else "copies", "bytes", "share")
     columns = (*places, *(Column(title, number=True) for title in counts))
+    total = checkpoint.nbytes
     rows = tuple(_layout_row(on, members, kinds, total) for on, members in order[:_LAYOUTS])
     table = Table(columns, rows, hidden=max(len(order) - _LAYOUTS, 0), rows_are="placements")
     mesh = f"mesh {mesh_in_words(checkpoint)}" if checkpoint.mesh else "no device mesh"
@@ -50,13 +50,13 @@ def layout_sections(checkpoint: Checkpoint, parameters: list[Parameters], total:
 
 
 def _drawings(
-    checkpoint: Checkpoint, order: Sequence[tuple[tuple[str, ...], list[tuple[Parameters, Cut]]]]
+    checkpoint: Checkpoint, order: Sequence[tuple[tuple[str, ...], list[tuple[Kind, Cut]]]]
 ) -> Iterator[Grid]:
     """The mesh, and for each placement and way of being cut the boxes of its largest tensor."""
     mesh = mesh_map(checkpoint)
     if mesh:
         yield mesh
-    kinds: dict[tuple[tuple[str, ...], str], list[Parameters]] = {}
+    kinds: dict[tuple[tuple[str, ...], str], list[Kind]] = {}
     for on, members in order:
         for one, cut in members:
             kinds.setdefault((on, cut.kind), []).append(one)
@@ -64,7 +64,7 @@ def _drawings(
     yield from islice(filter(None, (_drawing(on, kind, alike) for (on, kind), alike in by_bytes)), _DRAWN)
 
 
-def _drawing(on: tuple[str, ...], kind: str, alike: Sequence[Parameters]) -> Grid | None:
+def _drawing(on: tuple[str, ...], kind: str, alike: Sequence[Kind]) -> Grid | None:
     """The boxes of the largest of them."""
     largest = max(alike, key=lambda one: one.first.nbytes).first
     others = sum(one.count for one in alike) - 1
@@ -84,7 +84,7 @@ _LEGEND_ONCE = (
 
 
 def _layout_row(
-    on: tuple[str, ...], members: list[tuple[Parameters, Cut]], kinds: Sequence[str], total: int
+    on: tuple[str, ...], members: list[tuple[Kind, Cut]], kinds: Sequence[str], total: int
 ) -> tuple[Cell, ...]:
     cuts: Counter[str] = Counter()
     for one, cut in members:

@@ -7,8 +7,8 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from nbmerge.collapse import even_step
 from nbmerge.display import words
-from nbmerge.display.collapse import even_step
 from nbmerge.display.meshes import axis_label, ordered
 from nbmerge.display.model import Grid, Patch
 from nbmerge.display.shards import has_ranks, holders_of, is_stored_once

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -11,7 +10,6 @@ from nbmerge.display import words
 from nbmerge.display.change_views import change_tables, changes_in_words
 from nbmerge.display.checkpoint_views import dtypes_in_words, problem_alerts
 from nbmerge.display.model import ATTENTION, Alert, Cell, Column, Fact, Section, Table, View
-from nbmerge.dtypes import BY_NAME
 from nbmerge.errors import ConfigError, listing, plural
 from nbmerge.layout import Checkpoint, Drift
 from nbmerge.naming.lora.facts import ADAPTER_DIRECTORY
@@ -154,10 +152,9 @@ def _sources(checkpoint: Checkpoint) -> Iterator[Fact]:
 
 
 def _dtypes(plan: MergePlan) -> str:
-    forms = Counter((one.expr.shape, one.expr.dtype.name) for file in plan.weight_files for one in file.tensors)
     nbytes: Counter[str] = Counter()
-    for (shape, dtype), count in forms.items():
-        nbytes[dtype] += count * math.prod(shape) * BY_NAME[dtype].itemsize
+    for file in plan.weight_files:
+        nbytes.update(file.bytes_by_dtype)
     return (dtypes_in_words(nbytes, plan.data_bytes) or "none") + ("" if plan.casts else ", as stored")
 
 

@@ -9,7 +9,6 @@ from nbmerge.display import words
 from nbmerge.display.checkpoint_views import problem_alerts
 from nbmerge.display.layout_views import layout_sections
 from nbmerge.display.model import Fact, Section, View
-from nbmerge.display.parameter_views import parameters_of
 from nbmerge.errors import plural
 from nbmerge.mergers import BaseModelMerger, ModelMergerConfig
 
@@ -52,8 +51,7 @@ def _facts(merger: BaseModelMerger) -> Iterator[Fact]:
 def _sections(merger: BaseModelMerger) -> Iterator[Section]:
     yield Section("Configuration", _changed_in_words(merger.config), facts=tuple(_settings(merger)), opened=True)
     if merger.checkpoint is not None:
-        parameters = parameters_of(merger.checkpoint.tensors)
-        yield from layout_sections(merger.checkpoint, parameters, sum(one.nbytes for one in parameters))
+        yield from layout_sections(merger.checkpoint)
 
 
 def _settings(merger: BaseModelMerger) -> Iterator[Fact]:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from nbmerge.collapse import numbers_in_words
 from nbmerge.display import words
-from nbmerge.display.collapse import numbers_in_words
 from nbmerge.display.model import Cell, Column, Section, Table
 from nbmerge.display.shards import file_label, has_ranks, is_stored_once
 from nbmerge.errors import listing, plural
@@ -57,9 +57,12 @@ class _Axes:
         return _Axes(layer_number, expert_number, layer_dim, expert_dim, module)
 
 
-def _along(pieces: Iterable[tuple[int, Box]], dim: int) -> Iterator[tuple[int, range]]:
+def _along(ranks: Sequence[int], boxes: Sequence[Box], dim: int) -> Iterator[tuple[int, range]]:
     """Ranks with the indices of a dimension that they hold; none of a dimension that the boxes have not."""
-    spans = {(rank, box.offset[dim], box.shape[dim]) for rank, box in pieces if dim < len(box.shape)}
+    if any(dim >= len(box.shape) for box in boxes[:1]):
+        return iter(())
+    starts, sizes = ([box.offset[dim] for box in boxes], [box.shape[dim] for box in boxes])
+    spans = set(zip(ranks, starts, sizes, strict=True))
     return ((rank, range(start, start + size)) for rank, start, size in spans)
 
 
@@ -87,10 +90,11 @@ _WROTE = "one copy of everything is stored: what several ranks held is counted a
 def _add(held: dict[int, _Held], tensor: LazyTensor) -> None:
     """Adds what each rank holds of the tensor. An index has tens of thousands of pieces: each is looked at once."""
     filled = [chunk for chunk in tensor.chunks if 0 not in chunk.box.shape]
-    pieces = [(chunk.rank, chunk.box) for chunk in filled]
-    pieces += [(rank, chunk.box) for chunk in filled for rank, _ in chunk.replicas]
+    copies = [(rank, chunk) for chunk in filled for rank, _ in chunk.replicas]
+    ranks = [chunk.rank for chunk in filled] + [rank for rank, _ in copies]
+    boxes = [chunk.box for chunk in filled] + [chunk.box for _, chunk in copies]
     axes, itemsize = _Axes.of(tensor.name), tensor.dtype.itemsize
-    for (rank, shape), count in Counter((rank, box.shape) for rank, box in pieces).items():
+    for (rank, shape), count in Counter(zip(ranks, [box.shape for box in boxes], strict=True)).items():
         one = held.get(rank) or held.setdefault(rank, _Held())
         one.pieces += count
         one.nbytes += count * math.prod(shape) * itemsize
@@ -101,10 +105,10 @@ def _add(held: dict[int, _Held], tensor: LazyTensor) -> None:
         if axes.module:
             one.beside.setdefault(axes.module)
     if axes.layer_dim is not None:
-        for rank, found in _along(pieces, axes.layer_dim):
+        for rank, found in _along(ranks, boxes, axes.layer_dim):
             held[rank].layers.update(found)
     if axes.expert_dim is not None:
-        for rank, found in _along(pieces, axes.expert_dim):
+        for rank, found in _along(ranks, boxes, axes.expert_dim):
             held[rank].experts.update(found)
 
 

@@ -19,7 +19,7 @@ _MARKS = {PASSED: "✓", FAILED: "✗", WARNED: "▲", SKIPPED: "–"}
 
 def validation_view(report: ValidationReport) -> View:
     """Errors and warnings first, each kind once; then a row for every check."""
-    groups = [(result, group) for result in report.results for group in report.groups(result)]
+    groups = [(result, group) for result in report.results for group in result.groups]
     groups.sort(key=lambda pair: pair[1].first.severity != ERROR)
     alerts = [_unproved(result) for result in report.unproved]
     alerts += [_alert(result, group) for result, group in groups[:_ALERTS]]

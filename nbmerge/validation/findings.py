@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, ClassVar
 
 from nbmerge.errors import Problem
@@ -50,15 +50,6 @@ class FindingGroup:
         return self.members[0]
 
 
-def grouped(findings: Iterable[Finding]) -> list[FindingGroup]:
-    """The findings by kind, errors first, in the order in which each kind was found."""
-    kinds: dict[tuple[str, ...], list[Finding]] = {}
-    for finding in findings:
-        kinds.setdefault((finding.severity, finding.what, finding.why, finding.fix), []).append(finding)
-    groups = [FindingGroup(tuple(members)) for members in kinds.values()]
-    return sorted(groups, key=lambda group: group.first.severity != ERROR)
-
-
 @dataclass(frozen=True, slots=True)
 class Outcome:
     """What a check did. said: what it looked at, with numbers, or why it was not run; ran: whether it was.
@@ -72,7 +63,7 @@ class Outcome:
     share: float = 1.0
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class CheckResult:
     """A check's outcome under its name. title: what it proves, in words."""
 
@@ -81,12 +72,26 @@ class CheckResult:
     outcome: Outcome
     seconds: float = 0.0
 
+    @cached_property
+    def groups(self) -> tuple[FindingGroup, ...]:
+        """Its findings by kind, errors first, in the order in which each kind was found."""
+        kinds: dict[tuple[str, ...], list[Finding]] = {}
+        for finding in self.outcome.findings:
+            kinds.setdefault((finding.severity, finding.what, finding.why, finding.fix), []).append(finding)
+        found = (FindingGroup(tuple(members)) for members in kinds.values())
+        return tuple(sorted(found, key=lambda group: group.first.severity != ERROR))
+
+    @property
+    def errors(self) -> int:
+        """How many of its findings are errors."""
+        return sum(len(group.members) for group in self.groups if group.first.severity == ERROR)
+
     @property
     def status(self) -> str:
         """`passed`, `failed`, `warned` or `not run`."""
         if not self.outcome.ran:
             return SKIPPED
-        severities = {finding.severity for finding in self.outcome.findings}
+        severities = {group.first.severity for group in self.groups}
         return FAILED if ERROR in severities else WARNED if severities else PASSED
 
 

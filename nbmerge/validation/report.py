@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from nbmerge.errors import NotSupportedError, Problem, VerificationError, plural
 from nbmerge.shown import Displayed
-from nbmerge.validation.findings import ERROR, SKIPPED, WARNED, CheckResult, Finding, FindingGroup, grouped
+from nbmerge.validation.findings import ERROR, SKIPPED, WARNED, CheckResult, Finding
 
 if TYPE_CHECKING:
     import pandas
@@ -36,7 +36,7 @@ class ValidationReport(Displayed):
     def ok(self) -> bool:
         """Whether checks were run, among them all that were asked for by name, and none found an error."""
         ran = any(result.status != SKIPPED for result in self.results)
-        return ran and not self.unproved and not any(finding.severity == ERROR for finding in self.findings)
+        return ran and not self.unproved and not any(result.errors for result in self.results)
 
     @property
     def unproved(self) -> tuple[CheckResult, ...]:
@@ -47,10 +47,6 @@ class ValidationReport(Displayed):
     def findings(self) -> tuple[Finding, ...]:
         """All findings of all checks."""
         return tuple(finding for result in self.results for finding in result.outcome.findings)
-
-    def groups(self, result: CheckResult) -> list[FindingGroup]:
-        """A check's findings by kind, errors first."""
-        return grouped(result.outcome.findings)
 
     def __getitem__(self, name: str) -> CheckResult:
         """The result of the check of that name. Raises KeyError."""
@@ -66,7 +62,7 @@ class ValidationReport(Displayed):
 
     @property
     def _verdict(self) -> str:
-        errors = sum(finding.severity == ERROR for finding in self.findings)
+        errors = sum(result.errors for result in self.results)
         warned = [result.name for result in self.results if result.status == WARNED]
         if self.ok:
             ran = sum(result.status != SKIPPED for result in self.results)

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from functools import cache
+from pathlib import Path
 
+from nbmerge.comparing.model_diff import ModelDiff, TensorDiff
+from nbmerge.comparing.statistics import FRACTION, Largest, Products, Statistics
+from nbmerge.comparing.trajectory import Step, Trajectory, UpdateProducts
 from nbmerge.dtypes import BY_NAME
 from nbmerge.expressions import Paste, Stored
 from nbmerge.geometry import Box, Shape, contiguous_strides
 from nbmerge.layout import Checkpoint, Chunk, LazyTensor, MeshAxis
 from nbmerge.plan import MergePlan
+from nbmerge.report import MergeReport
+from nbmerge.validation.findings import CheckResult, Finding, Outcome
+from nbmerge.validation.report import ValidationReport
 from tests.benchmarks.plan_deepseek import chunks
 
-from .objects import checkpoint, plan
+from .objects import checkpoint, plan, report
 
 _HIDDEN, _VOCABULARY, _BLOCK = 7168, 129_280, 128
 
@@ -93,6 +101,51 @@ def large_plan() -> MergePlan:
     return plan(published())
 
 
+@cache
+def large_report() -> MergeReport:
+    """That every published name was written."""
+    return report(large_plan())
+
+
+@cache
+def large_diff() -> ModelDiff:
+    """That every published tensor changed, each a little otherwise."""
+    tensors = {}
+    for number, (name, shape, dtype) in enumerate(published_names()):
+        elements, size = math.prod(shape), 1.0 / (3 + number % 97)
+        found = Statistics(
+            elements, elements // 3, flips=number, ulps=(0, elements // 4, elements // 12),
+            magnitudes={-20 - number % 5: elements // 4, -19: elements // 12},
+            largest=Largest(size, number % elements, 0.5, 0.5 + size),
+            products=Products(number + 7 << FRACTION, number + 8 << FRACTION, number + 5 << FRACTION,
+                              1 + number % 11 << FRACTION - 20, 3 << FRACTION - 20),
+        )  # fmt: skip
+        tensors[name] = TensorDiff(name, shape, BY_NAME[dtype], BY_NAME[dtype], BY_NAME[dtype], found)
+    return ModelDiff("/run/base", "/run/global_step_100", tensors).summed_up()
+
+
+@cache
+def large_trajectory() -> Trajectory:
+    """Three steps of a run that changed every published tensor."""
+    diff = large_diff()
+    products = {name: UpdateProducts(5 << FRACTION, 4 << FRACTION, 3 << FRACTION) for name in diff.tensors}
+    labels = [f"/run/global_step_{step}" for step in (10, 20, 30)]
+    return Trajectory("/run/base", tuple(Step(label, diff, products).summed_up() for label in labels))
+
+
+@cache
+def large_validation() -> ValidationReport:
+    """That a check has a finding of every published tensor."""
+    findings = tuple(
+        Finding(
+            "differs from the checkpoint", name, f"1 of {math.prod(shape):,} elements", "a bit turned", "merge again"
+        )
+        for name, shape, _ in published_names()
+    )
+    outcome = Outcome(findings, f"compared {len(findings):,} tensors", True)
+    return ValidationReport(Path("/out"), (CheckResult("source", "the values are right", outcome, 0.5),))
+
+
 def _whole(name: str, shape: Shape, dtype: str) -> LazyTensor:
     stored = _stored("/run/model-00001-of-000163.safetensors", shape, dtype)
     return LazyTensor(name, stored, (Chunk(Box.whole(shape), stored, 0),))
@@ -110,3 +163,7 @@ def _in_rows(name: str, shape: Shape, dtype: str) -> LazyTensor:
 
 def _stored(file: str, shape: Shape, dtype: str) -> Stored:
     return Stored(file, 64, shape, contiguous_strides(shape), BY_NAME[dtype])
+
+
+LARGE = (published, sharded, megatron, large_plan, large_report, large_diff, large_trajectory, large_validation)
+"""Makers of everything that grows with the number of tensors."""

@@ -9,10 +9,10 @@ import pytest
 from nbmerge.shown import Displayed
 from tests.support.sanitizer import sanitized
 
-from .large_objects import large_plan, megatron, published, sharded
+from .large_objects import LARGE, large_plan, megatron, published
 
 
-@pytest.mark.parametrize("made", [published, sharded, megatron, large_plan])
+@pytest.mark.parametrize("made", LARGE)
 def test_the_html_of_a_very_large_index_takes_at_most_30_kb(made: Callable[[], Displayed]) -> None:
     html = made()._repr_html_()
     assert html is not None

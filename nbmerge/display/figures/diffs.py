@@ -7,10 +7,10 @@ import math
 from matplotlib.ticker import MaxNLocator
 
 from nbmerge.comparing.model_diff import ModelDiff, TensorDiff
-from nbmerge.comparing.rolling import kind_order, main_stack, rolled
+from nbmerge.comparing.rolling import kind_order, rolled
 from nbmerge.comparing.sentence import percent
 from nbmerge.comparing.statistics import Statistics
-from nbmerge.display.diff_views import shown_share
+from nbmerge.display.diff_views import main_layers, shown_share
 from nbmerge.display.figures.canvas import HUES, Picture, picture, plain, ticks
 from nbmerge.display.figures.histograms import draw_magnitudes, draw_ulps
 from nbmerge.display.words import path_label
@@ -22,11 +22,9 @@ _DARK = 0.55  # of the scale, above which text is black
 
 def heat_map(diff: ModelDiff) -> Picture:
     """Layers by kinds of module, in colours for the share of elements that changed."""
-    stack = main_stack(diff.tensors)
-    inside = [tensor for tensor in diff.tensors.values() if stack and tensor.place.stack == stack]
-    layers = sorted({tensor.place.layer for tensor in inside if tensor.place.layer is not None})
-    kinds = sorted({tensor.place.kind for tensor in inside}, key=kind_order)[:_KINDS]
-    cells = rolled(inside, lambda tensor: (tensor.place.layer, tensor.place.kind))
+    stack, inside, layers = main_layers(diff)
+    kinds = sorted({place.kind for place in inside}, key=kind_order)[:_KINDS]
+    cells = rolled(inside, lambda place: (place.layer, place.kind))
     shares = [[_share(cells.get((layer, kind))) for layer in layers] for kind in kinds]
     made, (axes,) = picture(
         max(4.8, min(1.9 + 0.42 * len(layers), 12)), 1.6 + 0.3 * max(len(kinds), 1), "Share of elements that changed"

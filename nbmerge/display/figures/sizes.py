@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from nbmerge.display import words
 from nbmerge.display.figures.canvas import BAR, Picture, picture, ticks
-from nbmerge.display.parameter_views import parameters_of
 from nbmerge.errors import plural
 from nbmerge.layout import Checkpoint
 
@@ -13,12 +12,12 @@ _BARS = 24
 
 def sizes_by_module(checkpoint: Checkpoint) -> Picture:
     """Bytes of each kind of parameter, repeated layers together, the largest at the top."""
-    found = sorted(parameters_of(checkpoint.tensors), key=lambda one: -one.nbytes)
+    found = sorted(checkpoint.kinds, key=lambda one: -one.nbytes)
     bars = [(one.group.name, one.nbytes) for one in found[:_BARS]]
     if found[_BARS:]:
         rest = sum(one.nbytes for one in found[_BARS:])
         bars.append((f"{plural(len(found) - _BARS, 'further kind')}", rest))
-    total = sum(one.nbytes for one in found)
+    total = checkpoint.nbytes
     made, (axes,) = picture(
         9.0, 1.2 + 0.27 * max(len(bars), 1), f"{words.byte_size(total)} in {plural(len(checkpoint.tensors), 'tensor')}"
     )

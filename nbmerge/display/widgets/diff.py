@@ -134,7 +134,7 @@ class DiffExplorer(Explorer):
 def _layers(diff: ModelDiff) -> Iterator[tuple[str, Any]]:
     """All, then the layers of the largest stack, of the others, and what is in no layer."""
     yield "all", _ALL
-    main = main_stack(diff.tensors)
+    main = main_stack(diff.by_place)
     layers = sorted(
         ((stack, layer) for stack, layer in diff.by_layer if layer is not None), key=lambda one: (one[0] != main, one)
     )

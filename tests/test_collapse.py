@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from nbmerge.display.collapse import collapse
+from nbmerge.collapse import collapse
 
 
 def _names(names: list[str]) -> list[tuple[str, int]]:
