@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here may reach for the network
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # a test runs on each core: threads that wait for each other spin
 # Where transformers keeps copies of a model's own code: not in the home directory, and one for all tests of a process,
 # as the first one that is imported from stays Python's package `transformers_modules`.
 os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="nbmerge-modules-")
