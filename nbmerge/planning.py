@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -82,13 +83,16 @@ def make_plan(checkpoint: Checkpoint, model: HFModel, options: MergeOptions) -> 
 
 def versions() -> dict[str, str]:
     """The versions that shape a result."""
-    found: dict[str, str] = {}
-    for package in ("nbmerge-ckpt", "torch", "transformers", "safetensors"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "not installed as a package"
-    return found
+    return {package: _version(package) for package in ("nbmerge-ckpt", "torch", "transformers", "safetensors")}
+
+
+@cache
+def _version(package: str) -> str:
+    """As it was when it was first asked for, which is what this process has imported."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed as a package"
 
 
 def _base_of(options: MergeOptions) -> Base | None:

@@ -30,7 +30,7 @@ class ModelFacts:
     ignored: patterns of published names that the class knows and does not load;
     fp32: patterns of in-memory names that the class keeps in fp32 beside 16-bit weights;
     fp32_beside_fp16: further ones, which it keeps in fp32 beside float16 only;
-    config: transformers' config with its defaults;
+    config: transformers' config with its defaults, wherever it lies;
     turned: in-memory names of weights that are [in, out] where others are [out, in] (transformers' Conv1D, GPT-OSS).
     """
 

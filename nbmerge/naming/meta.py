@@ -6,6 +6,8 @@ import difflib
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -20,9 +22,37 @@ from nbmerge.naming.versions import later_config, refuse_too_old
 _ALWAYS_FP32 = ("e_score_correction_bias",)
 
 
+_KEPT = 4  # models; of the largest one, facts take 100 MB
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """All that decides the facts of a model whose code is transformers' own."""
+
+    config: bytes
+    is_value_model: bool
+    tie_word_embedding: bool | None
+    source: ModelDirectory = field(compare=False)
+
+
 def model_facts(source: ModelDirectory) -> ModelFacts:
-    """The facts of the model of a config. Raises ConfigError where transformers cannot make it."""
+    """The facts of the model of a config. Raises ConfigError where transformers cannot make it.
+
+    To make a model takes seconds where it has ten thousand modules, and a session asks of the same few: a plan, its
+    validation, a comparison. Those that were asked of last are kept.
+    """
     refuse_too_old()
+    if source.trust_remote_code:  # the directory's code decides too
+        return _facts_of(source)
+    return _kept_facts(_Asked(source.config_bytes, source.is_value_model, source.tie_word_embedding, source))
+
+
+@lru_cache(maxsize=_KEPT)
+def _kept_facts(asked: _Asked) -> ModelFacts:
+    return _facts_of(asked.source)
+
+
+def _facts_of(source: ModelDirectory) -> ModelFacts:
     with _quiet_transformers():
         model = _meta_model(source)
         state = {name: value for name, value in model.state_dict(keep_vars=True).items() if _is_tensor(value)}
@@ -46,7 +76,7 @@ def model_facts(source: ModelDirectory) -> ModelFacts:
             ignored=tuple(sorted(model._keys_to_ignore_on_load_unexpected or ())),
             fp32=tuple(sorted({*(getattr(model, "_keep_in_fp32_modules_strict", None) or ()), *_ALWAYS_FP32})),
             fp32_beside_fp16=tuple(sorted(getattr(model, "_keep_in_fp32_modules", None) or ())),
-            config=model.config.to_dict(),
+            config={name: value for name, value in model.config.to_dict().items() if name != "_name_or_path"},
             turned=_turned(model),
         )
 

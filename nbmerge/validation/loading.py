@@ -114,9 +114,16 @@ def _class_of(subject: Subject) -> Any:
         auto = getattr(transformers, auto_class_name(architecture))
     except ConfigError:
         return own if own is not None else transformers.AutoModel
-    if own is not None and own not in auto._model_mapping.values():
-        return own
-    return auto
+    return auto if own is None or _has(auto, own) else own
+
+
+def _has(auto: Any, model_class: Any) -> bool:
+    """Whether the auto class makes this class of its config. A walk over all that it makes would import all of them."""
+    config_class = getattr(model_class, "config_class", None)
+    if config_class not in auto._model_mapping:
+        return False
+    made = auto._model_mapping[config_class]
+    return model_class in (made if isinstance(made, (tuple, list)) else (made,))
 
 
 def obstacle(subject: Subject) -> str:

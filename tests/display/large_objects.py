@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import math
-from collections.abc import Iterator
-from functools import cache
+from collections.abc import Callable, Iterator
+from functools import cache, wraps
 from pathlib import Path
+from typing import TypeVar
 
 from nbmerge.comparing.model_diff import ModelDiff, TensorDiff
 from nbmerge.comparing.statistics import FRACTION, Largest, Products, Statistics
@@ -22,7 +24,26 @@ from tests.benchmarks.plan_deepseek import chunks
 
 from .objects import checkpoint, plan, report
 
+_Made = TypeVar("_Made")
+
 _HIDDEN, _VOCABULARY, _BLOCK = 7168, 129_280, 128
+
+
+def _kept(make: Callable[[], _Made]) -> Callable[[], _Made]:
+    """Made once; its millions of parts are kept from the garbage collector, which looks through all that it knows."""
+
+    @cache
+    @wraps(make)
+    def made() -> _Made:
+        gc.collect()
+        gc.disable()
+        try:
+            return make()
+        finally:
+            gc.freeze()
+            gc.enable()
+
+    return made
 
 
 def published_names() -> Iterator[tuple[str, Shape, str]]:
@@ -64,7 +85,7 @@ def _quantised(name: str, shape: tuple[int, int]) -> Iterator[tuple[str, Shape, 
     yield f"{name}.weight_scale_inv", (-(-shape[0] // _BLOCK), -(-shape[1] // _BLOCK)), "float32"
 
 
-@cache
+@_kept
 def published() -> Checkpoint:
     """Whole tensors in files as they are published: no mesh, a chunk each."""
     return checkpoint(
@@ -73,13 +94,13 @@ def published() -> Checkpoint:
     )  # fmt: skip
 
 
-@cache
+@_kept
 def sharded() -> Checkpoint:
     """The same names in rows on two ranks, each tensor with a mesh of its own as a loader makes it."""
     return checkpoint(*(_in_rows(*one) for one in published_names()), world_size=2)
 
 
-@cache
+@_kept
 def megatron() -> Checkpoint:
     """What TP 8 × PP 16 × EP 32 wrote as torch_dist: a tensor for each layer's experts, 48,806 pieces."""
     found: dict[str, tuple[Shape, list[Chunk]]] = {}
@@ -95,19 +116,19 @@ def megatron() -> Checkpoint:
                       mesh=mesh)  # fmt: skip
 
 
-@cache
+@_kept
 def large_plan() -> MergePlan:
     """That every published name is written."""
     return plan(published())
 
 
-@cache
+@_kept
 def large_report() -> MergeReport:
     """That every published name was written."""
     return report(large_plan())
 
 
-@cache
+@_kept
 def large_diff() -> ModelDiff:
     """That every published tensor changed, each a little otherwise."""
     tensors = {}
@@ -124,7 +145,7 @@ def large_diff() -> ModelDiff:
     return ModelDiff("/run/base", "/run/global_step_100", tensors).summed_up()
 
 
-@cache
+@_kept
 def large_trajectory() -> Trajectory:
     """Three steps of a run that changed every published tensor."""
     diff = large_diff()
@@ -133,7 +154,7 @@ def large_trajectory() -> Trajectory:
     return Trajectory("/run/base", tuple(Step(label, diff, products).summed_up() for label in labels))
 
 
-@cache
+@_kept
 def large_validation() -> ValidationReport:
     """That a check has a finding of every published tensor."""
     findings = tuple(

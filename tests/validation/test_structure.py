@@ -101,10 +101,10 @@ def test_a_tensor_that_is_missing_is_found(whole: Path):
 
 
 def test_findings_of_one_kind_are_grouped(whole: Path):
-    from nbmerge.validation.findings import grouped
+    from nbmerge.validation.findings import CheckResult
 
     edit_tensors(whole, lambda tensors: [tensors.pop(name) for name in list(tensors) if ".mlp." in name])
-    (group,) = grouped(run(StructureCheck(), whole).findings)
+    (group,) = CheckResult("structure", "", run(StructureCheck(), whole)).groups
     assert len(group.members) == 6
 
 

@@ -187,7 +187,7 @@ class TestSource:
         write_model_world(tmp_path / "next", "qwen2", dtype="bfloat16", state=other)
         found = validated(merged, checkpoint=tmp_path / "next")
         assert len(found.findings) == len(load_file(merged / WEIGHTS))
-        assert len(found.groups(found["source"])) == 1
+        assert len(found["source"].groups) == 1
 
 
 class TestTied:
@@ -287,7 +287,7 @@ class TestReference:
         save_tiny_model("qwen2", tmp_path / "ref", "float32")
         found = validated(merged, reference=tmp_path / "ref")
         assert {finding.what for finding in found.findings} == {"has another shape or dtype than the reference"}
-        assert len(found.groups(found["reference"])) == 1
+        assert len(found["reference"].groups) == 1
 
     def test_names_in_memory_are_the_same_model(self, tmp_path: Path):
         ckpt = write_model_world(tmp_path / "actor", "qwen3_moe", dtype="bfloat16")
