@@ -1,4 +1,4 @@
-"""Servers and a browser that the tests of this directory share: starting one takes seconds."""
+"""A server and a browser that the tests of this directory share: starting one takes seconds."""
 
 from __future__ import annotations
 
@@ -17,17 +17,24 @@ def chromium() -> Iterator[Any]:
         yield made
 
 
-@pytest.fixture(scope="package", params=["light", "dark"])
-def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Lab, str]]:
-    """A server in each theme."""
-    with lab(tmp_path_factory.mktemp("lab"), request.param) as made:
-        yield made, request.param
-
-
 @pytest.fixture(scope="package")
-def working(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
     """A server with a checkpoint beside its notebooks."""
     root = tmp_path_factory.mktemp("lab")
     write_model_world(root / "actor", "qwen2")
-    with lab(root, "light") as server:
-        yield server
+    with lab(root) as made:
+        yield made
+
+
+@pytest.fixture(params=["light", "dark"])
+def served(request: pytest.FixtureRequest, server: Lab) -> tuple[Lab, str]:
+    """The server in each theme."""
+    server.wear(request.param)
+    return server, request.param
+
+
+@pytest.fixture
+def working(server: Lab) -> Lab:
+    """The server in the light theme."""
+    server.wear("light")
+    return server

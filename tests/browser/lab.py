@@ -34,13 +34,13 @@ NEEDS = [
 LOOK = "() =>" + (Path(__file__).parent / "look.js").read_text("utf-8").partition("\n() =>")[2]
 _SCREENSHOTS = os.environ.get("NBMERGE_SCREENSHOTS")
 """A directory for pictures of all cells, for a designer's eye; without it none are taken."""
-DATA = ".data"
+DATA, _SETTINGS = ".data", ".settings"
 _START = 90  # seconds that a server may take on a busy machine
 
 
 @dataclass
 class Lab:
-    """A server for the notebooks of a directory, in one theme."""
+    """A server for the notebooks of a directory."""
 
     root: Path
     url: str
@@ -50,29 +50,33 @@ class Lab:
         """Where the notebook opens, in a workspace of its own."""
         return f"{self.url}/lab/tree/{notebook}?token={self.token}&reset"
 
+    def wear(self, theme: str) -> None:
+        """The theme of the pages that are opened from now on: `light` or `dark`."""
+        _set(self.root, "apputils-extension/themes", {"theme": f"JupyterLab {theme.capitalize()}"})
+
     def trust(self, notebook: str) -> None:
         """Signs the notebook, as JupyterLab does for one that its user ran."""
         path = self.root / notebook
         NotebookNotary(data_dir=str(self.root / DATA)).sign(nbformat.read(path, as_version=4))
 
 
+def _set(root: Path, plugin: str, content: dict[str, object]) -> None:
+    """A plugin's settings, which the server reads for each page anew."""
+    path = root / _SETTINGS / "@jupyterlab" / f"{plugin}.jupyterlab-settings"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content))
+
+
 @contextmanager
-def lab(root: Path, theme: str) -> Iterator[Lab]:
-    """Serves the notebooks in `root`. theme: `light` or `dark`."""
-    settings = root / ".settings/@jupyterlab"
-    for plugin, content in {
-        "apputils-extension/themes": {"theme": f"JupyterLab {theme.capitalize()}"},
-        "apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False},
-        "notebook-extension/tracker": {"windowingMode": "none", "recordTiming": False},
-    }.items():
-        path = settings / f"{plugin}.jupyterlab-settings"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(content))
+def lab(root: Path) -> Iterator[Lab]:
+    """Serves the notebooks in `root`."""
+    _set(root, "apputils-extension/notification", {"fetchNews": "false", "checkForUpdates": False})
+    _set(root, "notebook-extension/tracker", {"windowingMode": "none", "recordTiming": False})
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     token = secrets.token_hex(8)
-    env = {**os.environ, "JUPYTERLAB_SETTINGS_DIR": str(settings.parent), "JUPYTER_DATA_DIR": str(root / DATA),
+    env = {**os.environ, "JUPYTERLAB_SETTINGS_DIR": str(root / _SETTINGS), "JUPYTER_DATA_DIR": str(root / DATA),
            "JUPYTER_CONFIG_DIR": str(root / ".config"), "JUPYTERLAB_WORKSPACES_DIR": str(root / ".workspaces"),
            "IPYTHONDIR": str(root / ".ipython")}  # fmt: skip
     command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--ip=127.0.0.1", f"--port={port}",

@@ -38,9 +38,10 @@ _FOCUS = """(() => { const at = document.activeElement, keys = at.closest('.nbm-
 
 
 @pytest.fixture(scope="module")
-def explorers(working: Lab, chromium: Any) -> Any:
+def explorers(server: Lab, chromium: Any) -> Any:
     """A page with both explorers, and what it does that it should not."""
-    page, seen = with_cells(working, chromium, "explorers.ipynb", [_OPEN, _DIFF, "'the last cell'"])
+    server.wear("light")
+    page, seen = with_cells(server, chromium, "explorers.ipynb", [_OPEN, _DIFF, "'the last cell'"])
     for number in range(3):
         run_cell(page, number)
         finished(page, number)
@@ -167,9 +168,9 @@ def test_an_interrupt_while_statistics_are_read_harms_neither_kernel_nor_explore
 
 
 @pytest.fixture(scope="module")
-def saved(working: Lab, chromium: Any) -> Path:
+def saved(server: Lab, chromium: Any) -> Path:
     """A notebook with an explorer, saved by JupyterLab."""
-    page, _ = with_cells(working, chromium, "saved.ipynb", [_OPEN])
+    page, _ = with_cells(server, chromium, "saved.ipynb", [_OPEN])
     run_cell(page, 0)
     finished(page, 0)
     _cell(page, 0).locator(".nbm-row").nth(1).click()
@@ -178,14 +179,14 @@ def saved(working: Lab, chromium: Any) -> Path:
     page.get_by_text("Save Notebook", exact=True).click()
     page.wait_for_function("!document.querySelector('.jp-mod-dirty')")
     page.close()
-    return working.root / "saved.ipynb"
+    return server.root / "saved.ipynb"
 
 
 @pytest.mark.parametrize("trusted", [True, False], ids=["trusted", "untrusted"])
 def test_a_notebook_that_is_opened_again_shows_the_twin_alone(
     saved: Path, served: tuple[Lab, str], chromium: Any, trusted: bool
 ) -> None:
-    """On another server, with another kernel, and without the state of widgets."""
+    """With another kernel, and without the state of widgets."""
     server, theme = served
     name = f"reopened-{theme}-{'trusted' if trusted else 'untrusted'}.ipynb"
     notebook = nbformat.read(saved, as_version=4)
