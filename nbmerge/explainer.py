@@ -20,6 +20,7 @@ from nbmerge.explaining.paths import is_like_a_path, is_there, path_of
 from nbmerge.explaining.subjects import subjects_of
 from nbmerge.geometry import Shape
 from nbmerge.layout import Checkpoint
+from nbmerge.loaders.hf import lone_adapter
 from nbmerge.naming.model import HFModel
 from nbmerge.naming.published import name_tensors
 from nbmerge.opening import PathLike, merge_options, open_checkpoint, plan_merge
@@ -234,7 +235,7 @@ def _of_weights(
         )
     if isinstance(subject, (str, os.PathLike)):
         path = path_of(subject)
-        if is_model_directory(path):
+        if is_model_directory(path) and lone_adapter(path) is None:
             return _of_directory(path, name, ranks, options)
         opening = {key: value for key, value in options.items() if key in OPEN_OPTIONS}
         try:

@@ -35,6 +35,14 @@ settings.load_profile(os.environ.get("NBMERGE_HYPOTHESIS", "quick"))
 _TOGETHER = ("tests/frameworks/test_megatron_demo.py", "tests/frameworks/", "tests/browser/", "tests/test_demo.py")
 
 
+# Tests that take longest, or wait for other processes. They start first, so that no worker is left alone with them.
+_FIRST = ("tests/test_notebooks.py", "tests/browser/", "tests/test_demo.py", "tests/frameworks/")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: not item.nodeid.startswith(_FIRST))
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """Spreads tests over the workers one by one, but for those that belong together."""

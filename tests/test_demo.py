@@ -37,9 +37,16 @@ from tests.support.models import HAS_CONVERSIONS
 
 
 @pytest.fixture(scope="module")
-def demo(tmp_path_factory: pytest.TempPathFactory) -> DemoCheckpoint:
-    """A checkpoint of two ranks, in a directory whose name has a space."""
-    return make_checkpoint(tmp_path_factory.mktemp("a demo"), world_size=2, optimizer=True)
+def both(tmp_path_factory: pytest.TempPathFactory) -> list[DemoCheckpoint]:
+    """A checkpoint of two ranks, in a directory whose name has a space; and one with an adapter."""
+    root = tmp_path_factory.mktemp("a demo")
+    adapted = Recipe(world_size=2, dtype="bfloat16", lora_r=2)
+    return make_checkpoints({root / "full": Recipe(world_size=2, optimizer=True), root / "lora": adapted})
+
+
+@pytest.fixture(scope="module")
+def demo(both: list[DemoCheckpoint]) -> DemoCheckpoint:
+    return both[0]
 
 
 @pytest.fixture(scope="module")
@@ -307,10 +314,12 @@ def test_an_interrupt_while_the_worker_starts_waits_until_the_worker_is_known(mo
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_a_checkpoint_with_an_adapter_holds_the_base_model_and_what_peft_saves(tmp_path: Path) -> None:
+def test_a_checkpoint_with_an_adapter_holds_the_base_model_and_what_peft_saves(
+    both: list[DemoCheckpoint], tmp_path: Path
+) -> None:
     from safetensors.torch import load_file
 
-    (made,) = make_checkpoints({tmp_path / "lora": Recipe(world_size=2, dtype="bfloat16", lora_r=2)})
+    made = both[1]
     assert json.loads((made.path / "lora_train_meta.json").read_text()) == {
         "r": 2,
         "lora_alpha": 4,

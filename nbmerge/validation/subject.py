@@ -9,10 +9,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from nbmerge.adapter_files import base_fix
 from nbmerge.engine.safetensors_file import Entry, read_header
 from nbmerge.errors import CorruptFileError, NbmergeError, NotACheckpointError
 from nbmerge.expressions import Stored
 from nbmerge.geometry import contiguous_strides
+from nbmerge.loaders.hf import lone_adapter
 from nbmerge.naming.facts import ModelFacts
 from nbmerge.naming.lora.facts import ADAPTER_DIRECTORY, ADAPTER_WEIGHTS
 from nbmerge.naming.model import HFModel
@@ -30,11 +32,17 @@ class Subject:
 
     @staticmethod
     def of(directory: Path, *, trust_remote_code: bool = False) -> Subject:
-        """The directory. Raises NotACheckpointError where there is none."""
+        """The directory. Raises NotACheckpointError where there is none, or nothing but an adapter's files in it."""
         if not directory.is_dir():
             raise NotACheckpointError(
                 "there is no such directory" if not directory.exists() else "this is a file; a model is a directory",
                 where=str(directory), fix="pass the directory that a merge wrote",
+            )  # fmt: skip
+        if not (directory / "config.json").exists() and lone_adapter(directory) is not None:
+            raise NotACheckpointError(
+                "the directory holds a LoRA adapter alone, and a validation proves a model", where=str(directory),
+                fix=f"merge it with lora='fold' and validate that; {base_fix(directory)}" if directory.name !=
+                ADAPTER_DIRECTORY else f"validate the directory that a merge wrote it to: {directory.parent}",
             )  # fmt: skip
         return Subject(directory, trust_remote_code)
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +11,7 @@ from safetensors.torch import save_file
 
 import nbmerge
 from nbmerge import InconsistentCheckpointError, NotACheckpointError, PlanError
+from nbmerge.cli import main
 from tests.support.megatron_forms import hybrid, singleton, stacked
 from tests.support.megatron_layers import Tensors
 from tests.support.megatron_models import (
@@ -309,10 +308,7 @@ class TestBaseModels:
     def test_fill_through_the_command_line(self, tmp_path: Path, base: Path):
         write_megatron(tmp_path / "ckpt", self.language(), "qwen3_vl")
         words = ["--local_dir", tmp_path / "ckpt", "--target_dir", tmp_path / "out", "--base_model", base]
-        done = subprocess.run(
-            [sys.executable, "-m", "nbmerge", "merge", *map(str, words)], capture_output=True, text=True, check=False
-        )
-        assert done.returncode == 0, done.stderr
+        assert main(["merge", *map(str, words)]) == 0
         assert_same(saved_bits(tmp_path / "out"), self.expected())
 
     def test_fill_nothing_that_the_checkpoint_has(self, tmp_path: Path, base: Path):

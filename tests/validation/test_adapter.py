@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 
 import nbmerge
-from tests.support.adapters import adapted
-from tests.support.models import write_config
+from nbmerge.errors import ConfigError, NotACheckpointError
+from tests.support.adapters import adapted, write_directory
+from tests.support.messages import assert_says, refusal
+from tests.support.models import save_tiny_model, write_config
 from tests.support.worlds import write_mesh_world
 
 
@@ -59,6 +61,26 @@ def test_an_adapter_alone_is_no_broken_model(tmp_path: Path, ckpt: Path):
     assert {name for name, one in found.items() if one.status == "failed"} == set()
     assert {name for name, one in found.items() if one.status == "passed"} >= {"paths", "config", "receipt", "source"}
     assert found["structure"].outcome.said == "the directory holds an adapter alone, and no model"
+
+
+def test_the_files_of_an_adapter_are_no_model_to_validate(tmp_path: Path, ckpt: Path):
+    nbmerge.merge(ckpt, tmp_path / "out", lora="adapter")
+    write_directory(tmp_path / "peft", adapted())
+    for directory, fix in (("out/lora_adapter", f"that a merge wrote it to: {tmp_path / 'out'}"),
+                           ("peft", "merge it with lora='fold' and validate that")):  # fmt: skip
+        error = refusal(NotACheckpointError, nbmerge.validate, tmp_path / directory, no_run=True)
+        assert_says(error, "holds a LoRA adapter alone", fix)
+
+
+def test_the_shapes_of_an_adapter_s_directory_are_explained_with_its_base_model(tmp_path: Path):
+    write_directory(tmp_path / "peft", adapted())
+    assert_says(refusal(ConfigError, nbmerge.explain, tmp_path / "peft"), "adapter alone", "--base_model DIR")
+    save_tiny_model("qwen2", tmp_path / "base")
+    found = nbmerge.explain(tmp_path / "peft", base_model=tmp_path / "base", lora="fold")
+    assert found.subjects == () and repr(found).startswith("Explanation: every tensor fits")
+    save_tiny_model("gemma2", tmp_path / "other")  # whose heads are wider
+    found = nbmerge.explain(tmp_path / "peft", base_model=tmp_path / "other", lora="fold")
+    assert "model.layers.1.self_attn.q_proj: A [3, 16] and B [16, 3] do not fit" in repr(found)
 
 
 def test_an_adapter_that_changes_nothing_or_cannot_be_read_is_found(tmp_path: Path, ckpt: Path):
