@@ -86,8 +86,11 @@ def _alert(alert: Alert) -> Iterator[str]:
 def _facts(facts: Sequence[Fact]) -> Iterator[str]:
     yield f'{_TABLE} class="nbm-facts"><tbody>'
     for fact in facts:
+        label = _safe(fact.label)
+        if len(label) <= _SHORT:
+            label = label.replace(" ", "\N{NO-BREAK SPACE}")
         yield (
-            f'<tr><th scope="row" align="left"{_HEAD}>{_safe(fact.label)}</th>'
+            f'<tr><th scope="row" align="left"{_HEAD}>{label}</th>'
             f"<td{_LEFT}>{_code(_safe(fact.value), code=fact.code)}</td></tr>"
         )
     yield "</tbody></table></div>"
