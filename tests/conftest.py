@@ -32,7 +32,7 @@ settings.load_profile(os.environ.get("NBMERGE_HYPOTHESIS", "quick"))
 
 # Tests whose fixtures are costly to make, and which one worker therefore runs together. (pytest-xdist's own
 # `xdist_group` has no effect under pytest 9.2, which makes a test's id anew each time.)
-_TOGETHER = ("tests/frameworks/test_megatron_demo.py", "tests/frameworks/", "tests/browser/", "tests/test_demo.py")
+_TOGETHER = ("tests/frameworks/", "tests/browser/", "tests/test_demo.py")
 
 
 # Tests that take longest, or wait for other processes. They start first, so that no worker is left alone with them.

@@ -182,12 +182,12 @@ def saved(server: Lab, chromium: Any) -> Path:
     return server.root / "saved.ipynb"
 
 
-@pytest.mark.parametrize("trusted", [True, False], ids=["trusted", "untrusted"])
+@pytest.mark.parametrize(("theme", "trusted"), [("light", True), ("dark", False)])
 def test_a_notebook_that_is_opened_again_shows_the_twin_alone(
-    saved: Path, served: tuple[Lab, str], chromium: Any, trusted: bool
+    saved: Path, server: Lab, chromium: Any, theme: str, trusted: bool
 ) -> None:
-    """With another kernel, and without the state of widgets."""
-    server, theme = served
+    """With another kernel, and without the state of widgets. (The twins are in the gallery, in each theme.)"""
+    server.wear(theme)
     name = f"reopened-{theme}-{'trusted' if trusted else 'untrusted'}.ipynb"
     notebook = nbformat.read(saved, as_version=4)
     notebook.metadata["copy"] = name  # else the signature of one copy would be that of the other

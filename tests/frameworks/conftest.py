@@ -18,7 +18,9 @@ def _why_not(recipe: Recipe) -> str:
     """Why the installed frameworks cannot make it; empty where they can."""
     if recipe.arch in _OF_TRANSFORMERS_5 and not HAS_CONVERSIONS:
         return f"transformers 4 has no {recipe.arch}"
-    if recipe.has_tp and not recipe.config and not IS_TORCH_2_7:  # the model's own dimensions are odd
+    if (
+        recipe.has_tp and not recipe.is_megatron and not recipe.config and not IS_TORCH_2_7
+    ):  # the model's own dimensions are odd
         return "torch 2.6 cannot shard by FSDP what tensor parallelism has cut unevenly"
     return ""
 

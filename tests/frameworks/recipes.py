@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from nbmerge.demo import Recipe
+from nbmerge.demo.recipes import MEGATRON_ARCHITECTURES
 
 # Dimensions that two ranks of tensor parallelism divide.
 _EVEN = {
@@ -56,4 +57,29 @@ REFUSED: Mapping[str, Recipe] = {
     "flat_parameters": Recipe(layout="fsdp1_flat", use_orig_params=False),
     "flat_parameters_orig_params": Recipe(layout="fsdp1_flat"),
 }
-EVERY: Mapping[str, Recipe] = {**RECIPES, **UNMERGED, **REFUSED}
+
+# Megatron: all layouts of all architectures; those of more ranks, dtypes and forms besides.
+MEGATRON: Mapping[str, Recipe] = {
+    "dense": Recipe(layout="megatron_v1"),  # 3 layers on 2 stages, 2 ranks of tensor parallelism
+    "experts": Recipe(layout="megatron", arch="qwen3_moe", mesh_shape=(1, 2, 2), dtype="bfloat16", optimizer=True),
+    "megatron_lm": Recipe(layout="megatron_lm", arch="llama", tied=True),
+    "value": Recipe(layout="megatron", arch="qwen2_value", world_size=2),
+    "thick": Recipe(layout="megatron", arch="qwen3", world_size=2, mesh_shape=(2, 1, 1)),
+    **{
+        f"{layout}_{arch}": Recipe(layout=layout, arch=arch, seed=1)
+        for layout in ("megatron", "megatron_v1", "megatron_lm")
+        for arch in MEGATRON_ARCHITECTURES
+    },
+    "one_rank": Recipe(layout="megatron_v1", world_size=1, mesh_shape=(1, 1, 1)),
+    "three_stages": Recipe(layout="megatron_v1", arch="llama", world_size=3, mesh_shape=(3, 1, 1), dtype="float16"),
+    "tied_with_optimizer": Recipe(layout="megatron_v1", tied=True, optimizer=True, dtype="bfloat16"),
+    "experts_of_three_ranks": Recipe(layout="megatron_lm", arch="qwen3_moe", world_size=6, mesh_shape=(1, 3, 2)),
+    "experts_on_stages": Recipe(layout="megatron_v1", arch="qwen3_moe", world_size=8, mesh_shape=(2, 2, 2)),
+}
+
+EVERY: Mapping[str, Recipe] = {
+    **RECIPES,
+    **UNMERGED,
+    **REFUSED,
+    **{f"megatron {name}": recipe for name, recipe in MEGATRON.items()},
+}

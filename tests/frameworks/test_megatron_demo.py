@@ -16,45 +16,21 @@ from safetensors.torch import load_file
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 
 import nbmerge
-from nbmerge.demo import DemoCheckpoint, Recipe, differences_on_disk, differences_when_loaded, make_checkpoints
-from nbmerge.demo.recipes import MEGATRON_ARCHITECTURES
+from nbmerge.demo import DemoCheckpoint, Recipe, differences_on_disk, differences_when_loaded
 from nbmerge.errors import IncompleteCheckpointError, OptionError
+from tests.frameworks.recipes import MEGATRON
 
 # torch's reader says that it reads in a single process, which is meant.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:torch.distributed is disabled"),
 ]
 
-RECIPES: Mapping[str, Recipe] = {
-    "dense": Recipe(layout="megatron_v1"),  # 3 layers on 2 stages, 2 ranks of tensor parallelism
-    "experts": Recipe(layout="megatron", arch="qwen3_moe", mesh_shape=(1, 2, 2), dtype="bfloat16", optimizer=True),
-    "megatron_lm": Recipe(layout="megatron_lm", arch="llama", tied=True),
-    "value": Recipe(layout="megatron", arch="qwen2_value", world_size=2),
-    "thick": Recipe(layout="megatron", arch="qwen3", world_size=2, mesh_shape=(2, 1, 1)),
-}
-# All layouts of all architectures; those of more ranks, dtypes and forms besides.
-MERGED: Mapping[str, Recipe] = {
-    **RECIPES,
-    **{
-        f"{layout}_{arch}": Recipe(layout=layout, arch=arch, seed=1)
-        for layout in ("megatron", "megatron_v1", "megatron_lm")
-        for arch in MEGATRON_ARCHITECTURES
-    },
-    "one_rank": Recipe(layout="megatron_v1", world_size=1, mesh_shape=(1, 1, 1)),
-    "three_stages": Recipe(layout="megatron_v1", arch="llama", world_size=3, mesh_shape=(3, 1, 1), dtype="float16"),
-    "tied_with_optimizer": Recipe(layout="megatron_v1", tied=True, optimizer=True, dtype="bfloat16"),
-    "experts_of_three_ranks": Recipe(layout="megatron_lm", arch="qwen3_moe", world_size=6, mesh_shape=(1, 3, 2)),
-    "experts_on_stages": Recipe(layout="megatron_v1", arch="qwen3_moe", world_size=8, mesh_shape=(2, 2, 2)),
-}
 CONTAINERS = {"dense": "dist_ckpt", "megatron_lm": "iter_0000010"}
 
 
-@pytest.fixture(scope="module")
-def demos(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, DemoCheckpoint]:
-    """All checkpoints of these tests, by one start of the frameworks."""
-    root = tmp_path_factory.mktemp("megatron")
-    made = make_checkpoints({root / name: recipe for name, recipe in MERGED.items()})
-    return dict(zip(MERGED, made, strict=True))
+@pytest.fixture
+def demos(checkpoints: Mapping[str, DemoCheckpoint]) -> Mapping[str, DemoCheckpoint]:
+    return {name: checkpoints[f"megatron {name}"] for name in MEGATRON}
 
 
 def container(demos: Mapping[str, DemoCheckpoint], name: str) -> Path:
@@ -246,7 +222,7 @@ def merged(demo: DemoCheckpoint, target: Path, **options: Any) -> Path:
     return target
 
 
-@pytest.mark.parametrize("name", MERGED)
+@pytest.mark.parametrize("name", MEGATRON)
 def test_a_merge_gives_the_model_that_was_sharded(
     demos: Mapping[str, DemoCheckpoint], name: str, tmp_path: Path
 ) -> None:
@@ -258,7 +234,7 @@ def test_a_merge_gives_the_model_that_was_sharded(
 @pytest.mark.parametrize("name", ["dense", "experts", "megatron_lm"])
 def test_the_index_says_how_the_ranks_divided_the_model(demos: Mapping[str, DemoCheckpoint], name: str) -> None:
     checkpoint = nbmerge.open_checkpoint(demos[name].path, progress=False)
-    sizes = dict(zip(("pp", "ep", "tp"), MERGED[name].mesh, strict=True))
+    sizes = dict(zip(("pp", "ep", "tp"), MEGATRON[name].mesh, strict=True))
     assert {axis.name: axis.size for axis in checkpoint.mesh} == {axis: n for axis, n in sizes.items() if n > 1}
     assert checkpoint.world_size == 4
     directory = container(demos, name)
