@@ -35,6 +35,7 @@ LOOK = "() =>" + (Path(__file__).parent / "look.js").read_text("utf-8").partitio
 _SCREENSHOTS = os.environ.get("NBMERGE_SCREENSHOTS")
 """A directory for pictures of all cells, for a designer's eye; without it none are taken."""
 DATA, _SETTINGS = ".data", ".settings"
+_BARS = 300  # pixels of the window that JupyterLab takes above and below a notebook, and some more
 _START = 90  # seconds that a server may take on a busy machine
 
 
@@ -167,8 +168,14 @@ def finished(page: Any, number: int) -> None:
 
 
 def keep(page: Any, name: str) -> None:
-    """Screenshots, where they are asked for."""
-    if _SCREENSHOTS:
-        Path(_SCREENSHOTS).mkdir(exist_ok=True)
-        for number, cell in enumerate(page.locator(".jp-Cell").all()):
-            cell.screenshot(path=f"{_SCREENSHOTS}/{Path(name).stem}-{number:02}.png")
+    """Screenshots, where they are asked for, each in a window that is as high as the cell."""
+    if not _SCREENSHOTS:
+        return
+    Path(_SCREENSHOTS).mkdir(exist_ok=True)
+    before = page.viewport_size
+    for number, cell in enumerate(page.locator(".jp-Cell").all()):
+        height = cell.evaluate("one => one.scrollHeight")
+        page.set_viewport_size({**before, "height": int(height) + _BARS})
+        cell.scroll_into_view_if_needed()
+        cell.screenshot(path=f"{_SCREENSHOTS}/{Path(name).stem}-{number:02}.png")
+    page.set_viewport_size(before)
