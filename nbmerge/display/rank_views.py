@@ -59,7 +59,7 @@ class _Axes:
 
 def _along(ranks: Sequence[int], boxes: Sequence[Box], dim: int) -> Iterator[tuple[int, range]]:
     """Ranks with the indices of a dimension that they hold; none of a dimension that the boxes have not."""
-    if any(dim >= len(box.shape) for box in boxes[:1]):
+    if not boxes or dim >= len(boxes[0].shape):  # a tensor's boxes all have its dimensions
         return iter(())
     starts, sizes = ([box.offset[dim] for box in boxes], [box.shape[dim] for box in boxes])
     spans = set(zip(ranks, starts, sizes, strict=True))

@@ -39,10 +39,11 @@ class Subject:
                 where=str(directory), fix="pass the directory that a merge wrote",
             )  # fmt: skip
         if not (directory / "config.json").exists() and lone_adapter(directory) is not None:
+            is_of_a_merge = directory.name == ADAPTER_DIRECTORY
             raise NotACheckpointError(
                 "the directory holds a LoRA adapter alone, and a validation proves a model", where=str(directory),
-                fix=f"merge it with lora='fold' and validate that; {base_fix(directory)}" if directory.name !=
-                ADAPTER_DIRECTORY else f"validate the directory that a merge wrote it to: {directory.parent}",
+                fix=f"validate the directory that a merge wrote it to: {directory.parent}" if is_of_a_merge
+                else f"merge it with lora='fold' and validate that; {base_fix(directory)}",
             )  # fmt: skip
         return Subject(directory, trust_remote_code)
 
