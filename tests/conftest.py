@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import atexit
 import os
-import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from hypothesis import HealthCheck, settings
+
+from tests.support import scratch
 
 if TYPE_CHECKING:
     from IPython.core.interactiveshell import InteractiveShell
@@ -21,8 +20,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # a test runs on each core: threads that wait for each other spin
 # Where transformers keeps copies of a model's own code: not in the home directory, and one for all tests of a process,
 # as the first one that is imported from stays Python's package `transformers_modules`.
-os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="nbmerge-modules-")
-atexit.register(shutil.rmtree, os.environ["HF_MODULES_CACHE"], ignore_errors=True)
+os.environ["HF_MODULES_CACHE"] = str(scratch.new_directory("modules"))
 
 _QUIET = (HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.function_scoped_fixture)
 settings.register_profile("quick", max_examples=60, deadline=None, suppress_health_check=_QUIET, print_blob=True)
@@ -37,6 +35,11 @@ _TOGETHER = ("tests/frameworks/", "tests/browser/", "tests/test_demo.py")
 
 # Tests that take longest, or wait for other processes. They start first, so that no worker is left alone with them.
 _FIRST = ("tests/test_notebooks.py", "tests/browser/", "tests/test_demo.py", "tests/frameworks/")
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    if not hasattr(config, "workerinput"):  # the process that started the workers, or the only one
+        scratch.remove()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

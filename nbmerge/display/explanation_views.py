@@ -29,7 +29,8 @@ def explanation_view(explanation: Explanation) -> View:
     wrong = explanation.mismatches
     sections = [_overview(wrong, explanation.diagnosis)] if len(wrong) > 1 else []
     opened = 0 if explanation.diagnosis else _OPENED
-    sections += [_subject_section(each, opened=i < opened) for i, each in enumerate(wrong[:_DETAILED])]
+    fix = _one_fix(explanation)
+    sections += [_subject_section(each, fix, opened=i < opened) for i, each in enumerate(wrong[:_DETAILED])]
     return View(
         title="Explanation",
         sentence=words.elide(explanation.sentence, 2 * words.PROSE_LIMIT),
@@ -63,8 +64,15 @@ def _facts(explanation: Explanation) -> Iterator[Fact]:
         yield Fact("shape", words.shape_of(subject.got or ()))
         if subject.lies:
             yield Fact("lies", words.elide(subject.lies, words.PROSE_LIMIT))
-    if (best := explanation.best) is not None and not explanation.is_ambiguous and not explanation.diagnosis:
-        yield Fact("fix", words.elide(best.fix, words.PROSE_LIMIT))
+    if fix := _one_fix(explanation):
+        yield Fact("fix", words.elide(fix, words.PROSE_LIMIT))
+
+
+def _one_fix(explanation: Explanation) -> str:
+    """What to do, where one cause stands before all others; else empty."""
+    if explanation.best is None or explanation.is_ambiguous or explanation.diagnosis:
+        return ""
+    return explanation.best.fix
 
 
 def _overview(subjects: Sequence[Subject], diagnosis: str) -> Section:
@@ -120,8 +128,8 @@ def _best_words(subject: Subject) -> str:
     return f"{' or '.join(each.pattern for each in first[:3])} ({first[0].strength})"
 
 
-def _subject_section(subject: Subject, *, opened: bool) -> Section:
-    """Both shapes dimension by dimension, and the causes."""
+def _subject_section(subject: Subject, above: str, *, opened: bool) -> Section:
+    """Both shapes dimension by dimension, and the causes. above: the fix that is said over all sections."""
     first = leading(subject.candidates)
     summary = (
         f"{len(first)} causes fit equally well"
@@ -137,7 +145,7 @@ def _subject_section(subject: Subject, *, opened: bool) -> Section:
         words.elide(_title(subject)),
         said.get(subject.kind, "") + summary,
         tables=tuple(tables),
-        notes=tuple(_fixes(subject.candidates)),
+        notes=tuple(_fixes(subject.candidates, above)),
         opened=opened,
     )
 
@@ -194,11 +202,13 @@ def _causes(candidates: Sequence[Candidate]) -> Table:
     return Table(columns, rows, hidden=hidden, rows_are="causes", rest=".candidates")
 
 
-def _fixes(candidates: Sequence[Candidate]) -> Iterator[str]:
-    """What to do for the leading causes, each remedy once."""
+def _fixes(candidates: Sequence[Candidate], above: str) -> Iterator[str]:
+    """What to do for the leading causes, each remedy once: not the one that is said above."""
     by_fix: dict[str, list[str]] = {}
     for each in leading(tuple(candidates)):
         by_fix.setdefault(each.fix, []).append(each.pattern)
+    if list(by_fix) == [above]:
+        return
     for fix, patterns in list(by_fix.items())[:4]:
         case = f", if it is {listing(patterns)}" if len(by_fix) > 1 else ""
         yield f"Fix{case}: {words.elide(fix, words.PROSE_LIMIT)}"

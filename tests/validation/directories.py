@@ -12,6 +12,7 @@ from typing import Any
 
 from nbmerge.validation.findings import ERROR, Check, Finding, Outcome
 from nbmerge.validation.subject import INDEX_NAME, Subject
+from tests.support import scratch
 
 # One of each kind: plain, tied, experts under other names in memory, fp32 biases, 1 + norm, a critic, a vision tower.
 CLEAN = ("llama", "qwen2_tied", "qwen3_moe", "deepseek_v3", "gemma2", "qwen2_value", "qwen3_vl")
@@ -26,11 +27,9 @@ def clean(directory: Path, family: str, dtype: str = "float32", *, shards: bool 
 
 @cache
 def _made(family: str, dtype: str, shards: bool) -> Path:
-    import tempfile
-
     from tests.support.models import tiny_model
 
-    directory = Path(tempfile.mkdtemp(prefix="nbmerge-clean-"))
+    directory = scratch.new_directory("clean")
     tiny_model(family, dtype).save_pretrained(directory, max_shard_size="4KB" if shards else "5GB")
     write_tokenizer(directory)
     ends = {"eos_token_id": END, "pad_token_id": None, "bos_token_id": None}
