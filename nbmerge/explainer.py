@@ -79,10 +79,10 @@ def explain(
         )
     if isinstance(subject, BaseException):
         _refuse(options, "an error")
-        return _only(_of_error(subject, type(subject).__name__, Known(ranks, _config(where))), name)
+        return _only(_of_error(subject, type(subject).__name__, Known(ranks, _config(where)), name), name)
     if isinstance(subject, str) and (reading := _read_unless_a_path(subject)):
         _refuse(options, "a message")
-        return _only(_of_reading(reading, "a message", Known(ranks, _config(where))), name)
+        return _only(_of_reading(reading, "a message", Known(ranks, _config(where)), name), name)
     if where is not None:
         options["hf_model_config_path"] = _directory(where)
     return _of_weights(subject, name, ranks, options, progress)
@@ -169,16 +169,16 @@ def _of_shapes(
     return Explanation("two shapes", subjects_of([asked]), ranks=known.ranks, checked=1)
 
 
-def _of_error(error: BaseException, asked: str, known: Known) -> Explanation:
+def _of_error(error: BaseException, asked: str, known: Known, name: str | None) -> Explanation:
     """What an error says. What of it cannot be read stays among the problems."""
     if isinstance(error, PlanError) and isinstance(error.plan, MergePlan) and not known.config:
-        return _of_plan(error.plan, None, known.ranks)
+        return _of_plan(error.plan, name, known.ranks)
     reading, others = read_error(error)
-    explained = _of_reading(reading, asked, known)
+    explained = _of_reading(reading, asked, known, name)
     return replace(explained, problems=(*explained.problems, *others))
 
 
-def _of_reading(reading: Reading, asked: str, known: Known) -> Explanation:
+def _of_reading(reading: Reading, asked: str, known: Known, name: str | None) -> Explanation:
     """Shapes are known of what the message gives; of missing and unexpected names, `()` where it does not."""
     unexpected = {name: got for name, got, expected in reading.shapes if expected is None and got is not None}
     missing = {name: expected for name, got, expected in reading.shapes if got is None and expected is not None}
@@ -192,7 +192,7 @@ def _of_reading(reading: Reading, asked: str, known: Known) -> Explanation:
     questions += [Mismatch(None, (), name, known) for name in reading.missing if name not in missing]
     questions += [Mismatch((), None, name, known) for name in reading.unexpected if name not in unexpected]
     failed = [Subject("", None, None, (cause,), message=said) for said, cause in reading.causes]
-    subjects = in_order([*subjects_of(questions), *failed])
+    subjects = in_order([*subjects_of(questions, name), *failed])
     diagnosis = "" if _share_a_cause(subjects) else _diagnosis(questions)
     cut = f"{reading.cut:,} characters at the end of the message were not read"
     problems = (Problem(cut, fix="pass the checkpoint itself, or the rest of it"),) if reading.cut else ()
@@ -215,11 +215,10 @@ def _only(explanation: Explanation, name: str | None) -> Explanation:
     """The explanation of the one tensor, by its name. Raises OptionError where it says nothing of it."""
     if name is None:
         return explanation
-    found = [subject for subject in explanation.subjects if name in (subject.name, *subject.names)]
+    found = [subject.only(name) for subject in explanation.subjects if subject.is_about(name)]
     if not found:
-        known = [each for subject in explanation.subjects for each in subject.names or (subject.name,) if each]
-        raise unknown_name(name, known)
-    return replace(explanation, subjects=tuple(replace(each, name=name, names=(name,)) for each in found))
+        raise unknown_name(name, [each for subject in explanation.subjects for each in subject.names])
+    return replace(explanation, subjects=tuple(found))
 
 
 def _of_weights(
@@ -241,7 +240,7 @@ def _of_weights(
         try:
             subject = open_checkpoint(path, progress=progress, **opening)
         except NbmergeError as error:
-            explained = _of_error(error, str(path), Known(ranks))
+            explained = _of_error(error, str(path), Known(ranks), name)
             if not explained.subjects:
                 raise
             return _only(explained, name)
@@ -273,14 +272,14 @@ def _of_plan(plan: MergePlan, name: str | None, ranks: int | None) -> Explanatio
         **{n: t.expr.shape for n, t in plan.tensors.items()},
     }
     asked = _completed(_of_other_names(plan.mismatches, plan), held, plan.expected, ranks)
-    subjects = subjects_of(asked)
+    subjects = subjects_of(asked, name)
     told = {subject.name for subject in subjects if subject.name}
     others = [p for p in plan.problems if p.what != _sentence(plan) and told.isdisjoint(_WORDS.split(p.what))]
     wrote = plan.checkpoint.world_size if ranks is None else ranks
     explained = Explanation(str(plan.checkpoint.path), subjects, _sentence(plan), wrote, tuple(others), len(held))
     if name is None:
         return explained
-    if any(name in (subject.name, *subject.names) for subject in subjects):
+    if any(subject.is_about(name) for subject in subjects):
         return _only(explained, name)
     return _fits(plan.checkpoint, plan, name)
 
@@ -333,11 +332,11 @@ def _of_directory(path: Path, name: str | None, ranks: int | None, options: Mapp
     named = name_tensors(weights.tensors, model.facts)
     held = {each: expr.shape for each, expr in weights.tensors.items()}
     asked = _completed(named.mismatches, held, named.expected, ranks)
-    subjects = subjects_of(asked)
+    subjects = subjects_of(asked, name)
     told = named.diagnosis is None or _share_a_cause(subjects)
     diagnosis = "" if told or named.diagnosis is None else named.diagnosis.sentence
     explained = Explanation(str(path), subjects, diagnosis, ranks, checked=len(held))
-    if name is not None and name in held and not any(name in subject.names for subject in explained.subjects):
+    if name is not None and name in held and not any(each.is_about(name) for each in subjects):
         return replace(explained, subjects=(Subject(name, held[name], held[name], names=(name,)),))
     return _only(explained, name)
 

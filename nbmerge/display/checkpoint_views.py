@@ -96,8 +96,9 @@ def _facts(checkpoint: Checkpoint) -> Iterator[Fact]:
     yield Fact("parameters", f"{checkpoint.numel:,}")
     yield Fact("bytes", words.exact_bytes(checkpoint.nbytes))
     needed = "--base_model" if checkpoint.is_adapter else "--hf_model_config_path"
-    config = str(checkpoint.config_dir) if checkpoint.config_dir else f"none found; a merge needs {needed}"
-    yield Fact("config", words.elide(config, 2 * words.NAME_LIMIT), code=checkpoint.config_dir is not None)
+    found = checkpoint.config_dir and _as_asked(checkpoint.config_dir, checkpoint.path)
+    config = str(found) if found else f"none found; a merge needs {needed}"
+    yield Fact("config", words.elide(config, 2 * words.NAME_LIMIT), code=found is not None)
     evidence = ", ".join(checkpoint.evidence)
     yield Fact("back end", words.elide(f"{checkpoint.backend} ({evidence})" if evidence else checkpoint.backend, 200))
 
@@ -124,6 +125,12 @@ def _files_section(checkpoint: Checkpoint) -> Iterator[Section]:
         rows.append((Cell(role), *map(Cell, texts), Cell(words.elide(_below(members[0].path, checkpoint.path)))))
     summary = f"{plural(len(files), 'file')}, {words.byte_size(sum(file.size for file in files))}"
     yield Section("Files", summary, tables=(Table(columns, tuple(rows), rows_are="roles"),))
+
+
+def _as_asked(path: Path, directory: Path) -> Path:
+    """A path inside the directory, written as the directory is: relative to where the user is, or not."""
+    inside = path.is_absolute() and not directory.is_absolute() and path.is_relative_to(directory.absolute())
+    return directory / path.relative_to(directory.absolute()) if inside else path
 
 
 def _below(path: Path, directory: Path) -> str:

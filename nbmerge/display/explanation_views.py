@@ -11,13 +11,13 @@ from nbmerge.display.checkpoint_views import problem_alerts
 from nbmerge.display.model import ATTENTION, PROBLEM, Alert, Cell, Column, Fact, Section, Table, View
 from nbmerge.errors import listing, plural
 from nbmerge.explaining.candidates import Candidate
-from nbmerge.explaining.explanation import FAILED, FITS, MISMATCH, MISSING, Explanation, Subject
+from nbmerge.explaining.explanation import FAILED, FITS, MISMATCH, MISSING, RENAMED, Explanation, Subject
 from nbmerge.explaining.table import leading
 from nbmerge.geometry import Shape
 from nbmerge.tracing import Location
 
 _SUBJECTS = 24  # rows of the overview
-_DETAILED = 6  # subjects with a section of their own
+_DETAILED = 6  # sections of subjects
 _OPENED = 1
 _CANDIDATES = 8
 _DIMENSIONS = 8
@@ -30,7 +30,8 @@ def explanation_view(explanation: Explanation) -> View:
     sections = [_overview(wrong, explanation.diagnosis)] if len(wrong) > 1 else []
     opened = 0 if explanation.diagnosis else _OPENED
     fix = _one_fix(explanation)
-    sections += [_subject_section(each, fix, opened=i < opened) for i, each in enumerate(wrong[:_DETAILED])]
+    told_alike = list(_told_alike(wrong))[:_DETAILED]
+    sections += [_subject_section(each, fix, opened=i < opened) for i, each in enumerate(told_alike)]
     return View(
         title="Explanation",
         sentence=words.elide(explanation.sentence, 2 * words.PROSE_LIMIT),
@@ -88,7 +89,7 @@ def _overview(subjects: Sequence[Subject], diagnosis: str) -> Section:
         (
             Cell(words.elide(_title(each))),
             Cell(_shape_words(each, each.expected)),
-            Cell(_shape_words(each, each.got)),
+            Cell("another name" if each.kind == RENAMED else _shape_words(each, each.got)),
             Cell(_best_words(each)),
             Cell(_evidence_words(each, diagnosis)),
         )
@@ -101,6 +102,8 @@ def _overview(subjects: Sequence[Subject], diagnosis: str) -> Section:
 
 
 def _evidence_words(subject: Subject, diagnosis: str) -> str:
+    if subject.held_as:
+        return words.elide(f"there as {_one_name(subject.held_as)}")
     if subject.best is None or not subject.best.evidence:
         return _ABSENT
     first = subject.best.evidence[0]
@@ -109,10 +112,11 @@ def _evidence_words(subject: Subject, diagnosis: str) -> str:
 
 def _title(subject: Subject) -> str:
     """All names of a subject as one: `model.layers.{0..35}.self_attn.q_proj.weight`."""
-    if subject.kind == FAILED:
-        return "the error"
-    names = [group.name for group in collapse((name, None) for name in subject.names)]
-    return listing(names, shown=1) if names and names[0] else "the tensor"
+    return "the error" if subject.kind == FAILED else _one_name(subject.names) or "the tensor"
+
+
+def _one_name(names: Sequence[str]) -> str:
+    return listing([group.name for group in collapse((name, None) for name in names)], shown=1)
 
 
 def _shape_words(subject: Subject, shape: Shape | None) -> str:
@@ -128,21 +132,34 @@ def _best_words(subject: Subject) -> str:
     return f"{' or '.join(each.pattern for each in first[:3])} ({first[0].strength})"
 
 
-def _subject_section(subject: Subject, above: str, *, opened: bool) -> Section:
-    """Both shapes dimension by dimension, and the causes. above: the fix that is said over all sections."""
+def _told_alike(subjects: Sequence[Subject]) -> Iterator[Sequence[Subject]]:
+    """The subjects of which the same is to be said: the same causes of the same two shapes, or of any name."""
+    groups: dict[object, list[Subject]] = {}
+    for each in subjects:
+        shapes = (each.expected, each.got) if each.kind == MISMATCH else each.message
+        groups.setdefault((each.kind, shapes, tuple(c.pattern for c in each.candidates)), []).append(each)
+    yield from groups.values()
+
+
+def _subject_section(subjects: Sequence[Subject], above: str, *, opened: bool) -> Section:
+    """Of the first of them: both shapes dimension by dimension, and the causes.
+
+    above: the fix that is said over all sections.
+    """
+    subject = subjects[0]
     first = leading(subject.candidates)
     summary = (
         f"{len(first)} causes fit equally well"
         if len(first) > 1
-        else words.elide(str(subject.best), words.PROSE_LIMIT)
+        else words.elide(subject.best.sentence if subject.held_as else str(subject.best), words.PROSE_LIMIT)
         if subject.best
         else "no known pattern fits"
     )
-    tables = [_sides(subject)] if subject.got is not None and subject.expected is not None else []
+    tables = [_sides(subject)] if subject.kind == MISMATCH else []
     tables += [_causes(subject.candidates)] if subject.candidates else []
     said = {MISSING: "missing: ", FAILED: words.elide(f"{subject.message}: ", words.PROSE_LIMIT)}
     return Section(
-        words.elide(_title(subject)),
+        words.elide(listing([_title(each) for each in subjects], shown=1)),
         said.get(subject.kind, "") + summary,
         tables=tuple(tables),
         notes=tuple(_fixes(subject.candidates, above)),

@@ -1,4 +1,4 @@
-"""Keeps a view small enough for a notebook: cuts its longest tables, then drawings, then alerts, and says so."""
+"""Keeps a view small enough for a notebook: cuts its tables, drawings and alerts in turn, and says so."""
 
 from __future__ import annotations
 
@@ -8,16 +8,18 @@ from nbmerge.display.html import render_html
 from nbmerge.display.model import Alert, Section, Table, View
 
 LIMIT = 30_000  # bytes of HTML that a view may have
-_FEW = 8  # rows that a table keeps as long as there are drawings to leave out
-_FEWEST = 1  # rows that a table keeps
+_MANY, _FEW, _FEWEST = 24, 8, 1  # rows that a table keeps, the fewer the less else there is to cut
+_DRAWINGS = 2  # of a section, that are kept until tables have few rows
 
 
 def fit(view: View) -> View:
     """The view, cut until its HTML takes at most 30 kB, or until there is nothing more to cut."""
     while len(render_html(view).encode("utf-8", "replace")) > LIMIT:
         smaller = (
-            _with_a_shorter_table(view, _FEW)
-            or _without_a_grid(view)
+            _with_a_shorter_table(view, _MANY)
+            or _without_a_grid(view, _DRAWINGS)
+            or _with_a_shorter_table(view, _FEW)
+            or _without_a_grid(view, 0)
             or _with_a_shorter_table(view, _FEWEST)
             or _with_fewer_alerts(view)
         )
@@ -43,10 +45,10 @@ def _shorter(table: Table, keep: int) -> Table:
     return replace(table, rows=table.rows[:keep], hidden=table.hidden + len(table.rows) - keep)
 
 
-def _without_a_grid(view: View) -> View | None:
-    """The view without the last drawing of the section that has the most; None where there is none."""
+def _without_a_grid(view: View, fewest: int) -> View | None:
+    """The view without the last drawing of the section that has the most; None where none has more than `fewest`."""
     number = max(range(len(view.sections)), key=lambda s: len(view.sections[s].grids), default=0)
-    if not view.sections or not view.sections[number].grids:
+    if not view.sections or len(view.sections[number].grids) <= fewest:
         return None
     part = view.sections[number]
     told = "" if _LEFT_OUT in part.notes else _LEFT_OUT

@@ -54,7 +54,8 @@ def render_html(view: View) -> str:
 
 def _parts(view: View) -> Iterator[str]:
     yield f'{_STYLE}<div class="nbm" style="overflow-wrap:break-word">'
-    yield f'<p style="margin:0 0 6px 0"><b>{_safe(view.title)}</b> · {_safe(view.sentence)}</p>'
+    drawing = f'; <span style="white-space:nowrap">{_safe(view.drawing)}</span>' if view.drawing else ""
+    yield f'<p style="margin:0 0 6px 0"><b>{_safe(view.title)}</b> · {_safe(view.sentence)}{drawing}</p>'
     for alert in view.alerts:
         yield from _alert(alert)
     if view.facts:

@@ -127,7 +127,10 @@ class Section:
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """All that is shown of an object. title: its class, in the user's words; code: lines to run next."""
+    """All that is shown of an object.
+
+    title: its class, in the user's words; drawing: a line of bars that ends the sentence; code: lines to run next.
+    """
 
     title: str
     sentence: str
@@ -136,3 +139,4 @@ class View:
     sections: tuple[Section, ...] = ()
     code: tuple[str, ...] = ()
     code_title: str = ""
+    drawing: str = ""

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 _BARS = "▁▂▃▄▅▆▇█"
 _NONE = "·"
 _SHORT = 4  # exponents below which a power of two is written out
+_PLAIN = 4  # the greatest exponent of ten of a number that is written out
 _MOST_ULPS = 16  # bars of distances; of more, neighbours are put together
 _WIDEST = 12  # powers of two that a histogram shows one by one
 _RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
@@ -21,11 +22,13 @@ def sparkline(values: Sequence[float]) -> str:
 
 
 def scientific(value: float) -> str:
-    """Three digits: `0.0123`, `4.5×10⁻⁵`."""
-    if value == 0 or 1e-3 <= abs(value) < 1e5 or not math.isfinite(value):
-        return f"{value:.3g}"
+    """Three digits, those that are 0 as well: `0.0120`, `4.50×10⁻⁵`; `0` alone is written as one."""
+    if value == 0 or not math.isfinite(value):
+        return f"{value:g}"
     digits, _, exponent = f"{value:.2e}".partition("e")
-    return f"{float(digits):g}×10{str(int(exponent)).translate(_RAISED)}"
+    if -_PLAIN < int(exponent) <= _PLAIN:
+        return f"{float(f'{value:.2e}'):.{max(2 - int(exponent), 0)}f}"
+    return f"{digits}×10{str(int(exponent)).translate(_RAISED)}"
 
 
 def power_of_two(exponent: int) -> str:

@@ -120,4 +120,4 @@ def stats_view(stats: TensorStats) -> View:
         said.append(f"from {scientific(stats.least)} to {scientific(stats.greatest)}")
     said.append(f"{stats.zero:,} zero")
     said += [f"{stats.nan:,} NaN"] * bool(stats.nan) + [f"{stats.infinity:,} infinite"] * bool(stats.infinity)
-    return View("Statistics", f"{', '.join(said)}; |x| {magnitude_line(stats.magnitudes)}")
+    return View("Statistics", ", ".join(said), drawing=f"|x| {magnitude_line(stats.magnitudes)}")

@@ -24,7 +24,8 @@ def render_text(view: View) -> str:
 
 
 def _lines(view: View) -> Iterator[str]:
-    yield from _wrapped(f"{view.title}: {visible(view.sentence)}", "  ")
+    drawing = f"; {visible(view.drawing)}" if view.drawing else ""
+    yield from _wrapped(f"{view.title}: {visible(view.sentence)}{drawing}", "  ")
     for alert in view.alerts:
         yield from _alert(alert)
     if view.facts:

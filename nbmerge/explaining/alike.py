@@ -15,6 +15,11 @@ def row_of(name: str) -> str:
     return _NUMBER.sub("N", name)
 
 
+def numbers_of(name: str) -> tuple[str, ...]:
+    """The numbers that `row_of` leaves out: of the layer, of the expert."""
+    return tuple(_NUMBER.findall(name))
+
+
 def alike(
     items: Iterable[_Item], name: Callable[[_Item], str], *same: Callable[[_Item], Hashable]
 ) -> list[list[_Item]]:

@@ -136,7 +136,8 @@ class Candidate:
 
     pattern: its name in the table; sentence: what happened; evidence: the arithmetic first (`3600 = 24 · ⌈3584/24⌉`),
     then what else speaks for it; fix: what to do; counts: the numbers of ranks with which the arithmetic is true,
-    where it has one; seen: threads in which users met it.
+    where it has one; seen: threads in which users met it; other: the name on the other side, of a tensor that is there
+    under another one.
     """
 
     pattern: str
@@ -146,6 +147,7 @@ class Candidate:
     fix: str
     counts: tuple[int, ...] = ()
     seen: tuple[str, ...] = ()
+    other: str = ""
 
     def __str__(self) -> str:
         return f"{self.evidence[0]}: {self.sentence}" if self.evidence else self.sentence

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from nbmerge.errors import Problem, plural
 from nbmerge.explaining.candidates import Candidate, Strength
@@ -12,6 +12,7 @@ from nbmerge.geometry import Shape
 from nbmerge.shown import Displayed
 
 MISMATCH, MISSING, UNEXPECTED, FITS, FAILED = "mismatch", "missing", "unexpected", "fits", "error"
+RENAMED = "renamed"
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,8 @@ class Subject:
     name: the first one's, or empty for two shapes alone; got: the shape in the checkpoint, None where it is missing;
     expected: the shape that the model has, None where it has no such tensor; names: all of them; candidates: the
     causes that fit, strongest first; lies: for a tensor that fits, how it lies on the ranks; message: for an error
-    that is about no shape, its text.
+    that is about no shape, its text; held_as: the names that the checkpoint has for them, one for each of `names`,
+    where it has them under others.
     """
 
     name: str
@@ -31,12 +33,15 @@ class Subject:
     names: tuple[str, ...] = ()
     lies: str = ""
     message: str = ""
+    held_as: tuple[str, ...] = ()
 
     @property
     def kind(self) -> str:
-        """`mismatch`, `missing`, `unexpected`, `fits`, or `error` for an error's text without shapes."""
+        """`mismatch`, `missing`, `unexpected`, `renamed`, `fits`, or `error` for an error's text without shapes."""
         if self.message:
             return FAILED
+        if self.held_as:
+            return RENAMED
         if self.got is None:
             return MISSING
         if self.expected is None:
@@ -53,6 +58,15 @@ class Subject:
         """Whether several candidates are equally strong."""
         return len(leading(self.candidates)) > 1
 
+    def is_about(self, name: str) -> bool:
+        """Whether a tensor of that name, as the model or as the checkpoint calls it, is among them."""
+        return name in self.names or name in self.held_as
+
+    def only(self, name: str) -> Subject:
+        """The one tensor of that name."""
+        at = (self.names if name in self.names else self.held_as).index(name)
+        return replace(self, name=self.names[at], names=self.names[at : at + 1], held_as=self.held_as[at : at + 1])
+
     @property
     def sentence(self) -> str:
         """What is known of it, and the best candidates."""
@@ -61,6 +75,7 @@ class Subject:
         verb = {
             FITS: f"fits: {what} has shape {list(self.got or ())}{f', {self.lies}' if self.lies else ''}",
             MISSING: f"{what} is missing{more}",
+            RENAMED: f"{what} is missing under this name{more}",
             UNEXPECTED: f"the model has no {what}{more}",
             MISMATCH: f"{what} has shape {list(self.got or ())} where {list(self.expected or ())} is expected{more}",
             FAILED: self.message,
@@ -74,7 +89,7 @@ class Subject:
         if len(first) > 1:
             return f"{len(first)} causes fit equally well: {' · '.join(str(each) for each in first[:3])}"
         said = {Strength.STRONG: "", Strength.FAIR: "probably ", Strength.WEAK: "possibly "}[self.best.strength]
-        return said + str(self.best)
+        return said + (self.best.sentence if self.held_as else str(self.best))
 
 
 @dataclass(frozen=True, repr=False)
@@ -146,6 +161,6 @@ class Explanation(Displayed):
 
 
 def in_order(subjects: Sequence[Subject]) -> tuple[Subject, ...]:
-    """Shapes that differ first, then what is missing, then what is too much."""
-    order = (MISMATCH, FAILED, MISSING, UNEXPECTED, FITS)
+    """Shapes that differ first, then what is missing or renamed, then what is too much."""
+    order = (MISMATCH, FAILED, MISSING, RENAMED, UNEXPECTED, FITS)
     return tuple(sorted(subjects, key=lambda subject: order.index(subject.kind)))

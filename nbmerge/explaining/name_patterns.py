@@ -59,6 +59,7 @@ def _renamed(
             Strength.FAIR if agrees is False else Strength.STRONG,
             fix,
             seen=seen,
+            other=name,
         )
 
 

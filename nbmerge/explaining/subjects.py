@@ -5,17 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from nbmerge.explaining.alike import alike
+from nbmerge.explaining.alike import alike, numbers_of
 from nbmerge.explaining.candidates import Candidate, Mismatch, Strength, ranked
-from nbmerge.explaining.explanation import MISMATCH, Subject, in_order
+from nbmerge.explaining.explanation import MISMATCH, MISSING, UNEXPECTED, Subject, in_order
 from nbmerge.explaining.table import candidates
 from nbmerge.geometry import Shape
 
 _FEWEST = 2  # different pairs of shapes before they can confirm one another
 
 
-def subjects_of(asked: Sequence[Mismatch]) -> tuple[Subject, ...]:
-    """The subjects of the questions, with what all of them say together."""
+def subjects_of(asked: Sequence[Mismatch], about: str | None = None) -> tuple[Subject, ...]:
+    """The subjects of the questions, with what all of them say together.
+
+    about: the name of which causes are to be told, instead of the first one's like it.
+    """
+    asked = sorted(asked, key=lambda each: each.name != about)
     name: Callable[[Mismatch], str] = lambda each: each.name  # noqa: E731
     groups = alike(asked, name, lambda each: each.got, lambda each: each.expected)
     made = [
@@ -24,7 +28,32 @@ def subjects_of(asked: Sequence[Mismatch]) -> tuple[Subject, ...]:
         for first in group[:1]
     ]
     recorded = any(each.known.recorded for each in asked)
-    return in_order(made if recorded else corroborated(made))
+    return in_order(paired(made if recorded else corroborated(made)))
+
+
+def paired(subjects: Sequence[Subject]) -> list[Subject]:
+    """What is missing, and what is too much because it is the same under another name, as one subject.
+
+    Only where nothing is in doubt: one strong cause on each side, which names the other, in the same layers.
+    """
+    extra = {subject.name: subject for subject in subjects if subject.kind == UNEXPECTED}
+    joined: dict[str, Subject] = {}
+    for subject in subjects:
+        other = extra.get(_other_name(subject)) if subject.kind == MISSING else None
+        if other is None or _other_name(other) != subject.name:
+            continue
+        held = {numbers_of(name): name for name in other.names}
+        held_as = [held.pop(numbers_of(name), "") for name in subject.names]
+        if all(held_as) and not held:
+            joined[subject.name] = replace(subject, got=other.got, held_as=tuple(held_as))
+            joined[other.name] = joined[subject.name]
+    return [joined.get(each.name, each) for each in subjects if each.kind != UNEXPECTED or each.name not in joined]
+
+
+def _other_name(subject: Subject) -> str:
+    """What the other side calls the first tensor, where that is beyond doubt; else empty."""
+    best = subject.best
+    return "" if best is None or subject.is_ambiguous or best.strength < Strength.STRONG else best.other
 
 
 def corroborated(subjects: Sequence[Subject]) -> list[Subject]:

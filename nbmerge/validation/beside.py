@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from fnmatch import fnmatch
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -155,8 +156,22 @@ def _differing(here: dict[str, Any], there: dict[str, Any], prefix: str = "") ->
         if isinstance(one, dict) and isinstance(other, dict):
             found |= _differing(one, other, f"{prefix}{key}.")
         elif one != other and repr(one) != repr(other):  # NaN differs from itself
-            found[prefix + key] = f"{prefix}{key} {_shown(one)} here, {_shown(other)} there"
+            if isinstance(one, list) and isinstance(other, list) and _is_long(one, other):
+                found |= _differing(*_first_differing(one, other), f"{prefix}{key}")
+            else:
+                found[prefix + key] = f"{prefix}{key} {_shown(one)} here, {_shown(other)} there"
     return found
+
+
+def _is_long(*values: object) -> bool:
+    return any(len(repr(value)) > _SHOWN for value in values)
+
+
+def _first_differing(here: list[Any], there: list[Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The first items of two lists that differ, under their place: `[1]`."""
+    pairs = enumerate(zip_longest(here, there, fillvalue=...))
+    place, (one, other) = next((place, pair) for place, pair in pairs if pair[0] != pair[1])
+    return ({f"[{place}]": one}, {f"[{place}]": other})
 
 
 def _shown(value: object) -> str:

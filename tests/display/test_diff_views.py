@@ -195,8 +195,11 @@ def test_a_histogram_names_its_ends() -> None:
 
 
 def test_small_numbers_have_a_power_of_ten() -> None:
-    found = [scientific(value) for value in (0.0, 0.0123, 4.5e-5, -2e-9, 3.4e38, float("inf"))]
-    assert found == ["0", "0.0123", "4.5×10⁻⁵", "-2×10⁻⁹", "3.4×10³⁸", "inf"]
+    values = (0.0, 0.012, 1e-3, 9.996e-4, 9.999, 12345.6, 4.5e-5, -2e-9, 99999, 3.4e38, float("inf"), float("nan"))
+    assert [scientific(value) for value in values] == [
+        "0", "0.0120", "0.00100", "0.00100", "10.0", "12300", "4.50×10⁻⁵", "-2.00×10⁻⁹", "1.00×10⁵", "3.40×10³⁸",
+        "inf", "nan",
+    ]  # fmt: skip
 
 
 def test_a_cosine_near_one_says_how_near() -> None:

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import nbmerge
+from nbmerge.display.views import view_of
 from nbmerge.errors import ConfigError, NotACheckpointError, OptionError, PlanError, Problem, VerificationError
 from nbmerge.explainer import explain, parse_dims
 from nbmerge.explaining.candidates import Strength
@@ -21,6 +22,60 @@ from tests.support.processes import python
 
 def config(directory: Path, family: str, **changes) -> Path:
     return write_config(directory / "config", family, **changes)
+
+
+class TestNamesOfAWrapper:
+    """What torch says of names with the prefix of `torch.compile`: each tensor is told once, under both names."""
+
+    @pytest.fixture(scope="class")
+    def model(self):
+        from tests.support.models import tiny_model
+
+        return tiny_model("llama")
+
+    def refused(self, model, *lost: str) -> RuntimeError:
+        state = {f"_orig_mod.{name}": tensor for name, tensor in model.state_dict().items() if name not in lost}
+        with pytest.raises(RuntimeError) as caught:
+            model.load_state_dict(state)
+        return caught.value
+
+    def test_are_told_once(self, model):
+        explanation = explain(self.refused(model))
+        assert {subject.kind for subject in explanation.subjects} == {"renamed"}
+        pairs = [
+            pair for subject in explanation.subjects for pair in zip(subject.names, subject.held_as, strict=True)
+        ]
+        assert sorted(pairs) == sorted((name, f"_orig_mod.{name}") for name in model.state_dict())
+        assert not explanation.fits
+        assert_says(explanation.sentence, "is missing under this name", "prefix: _orig_mod.", "other tensors below")
+
+    @pytest.mark.parametrize("prefix", ["", "_orig_mod."])
+    def test_of_one_tensor_are_its_own(self, model, prefix: str):
+        name = f"{prefix}model.layers.1.self_attn.q_proj.weight"
+        (subject,) = explain(self.refused(model), name).subjects
+        assert (subject.name, subject.names) == (name, (name,))
+        assert "model.layers.1." in subject.best.sentence
+        assert subject.best.other == (name.removeprefix(prefix) if prefix else f"_orig_mod.{name}")
+
+    def test_are_not_paired_where_one_is_lost(self, model):
+        lost = "model.layers.1.mlp.up_proj.weight"
+        explanation = explain(self.refused(model, lost))
+        kinds = {subject.kind for subject in explanation.subjects if "up_proj" in subject.name}
+        assert kinds == {"missing", "unexpected"}
+        (subject,) = explain(self.refused(model, lost), lost).subjects
+        assert (subject.kind, subject.best) == ("missing", None)
+
+    def test_are_a_row_each_and_one_section(self, model):
+        view = view_of(explain(self.refused(model)))
+        assert [section.title for section in view.sections] == [
+            "What does not fit", "model.embed_tokens.weight and 10 more", "lm_head.weight"
+        ]  # fmt: skip
+        (table,) = view.sections[0].tables
+        row = next(row for row in table.rows if "q_proj" in row[0].text)
+        assert [cell.text for cell in row] == [
+            "model.layers.{0..1}.self_attn.q_proj.weight", "there", "another name", "wrapper prefix (strong)",
+            "there as _orig_mod.model.layers.{0..1}.self_attn.q_proj.weight",
+        ]  # fmt: skip
 
 
 class TestACheckpointUnderABrokenConfig:

@@ -173,7 +173,7 @@ class TestVerl2319:
             for name, tensor in published_state("qwen3_moe").items()
         }
         explanation = explain(saved(tmp_path, state, "qwen3_moe"))
-        assert {subject.kind for subject in explanation.subjects} == {"missing", "unexpected"}
+        assert {subject.kind for subject in explanation.subjects} == {"renamed"}
         for subject in explanation.subjects:
             assert subject.best.pattern == "grouped expert names"
             assert "the shapes agree" in subject.best.evidence

@@ -204,6 +204,16 @@ class TestWithoutAReceipt:
             "modeling_own.py": "is beside the checkpoint, and not in the directory",
         }
 
+    def test_of_a_long_list_the_first_item_that_differs_is_told(self, ckpt: Path, saved: Path):
+        tokens = json.loads((saved / "tokenizer.json").read_text())["added_tokens"]
+        more = {**tokens[-1], "id": 300, "content": "<|tool|>"}
+        edit_json(saved / "tokenizer.json", added_tokens=[*tokens, more])
+        (finding,) = validated(saved, ckpt, "side_files").findings
+        assert_says(finding.detail, f"added_tokens[{len(tokens)}] {{'id': 300, 'content': '<|tool|>'", "absent there")
+        edit_json(saved / "tokenizer.json", added_tokens=[{**tokens[0], "content": "<|end|>"}, *tokens[1:]])
+        (finding,) = validated(saved, ckpt, "side_files").findings
+        assert finding.detail == f"added_tokens[0].content '<|end|>' here, {tokens[0]['content']!r} there"
+
     def test_a_config_that_makes_no_model_is_compared_as_it_stands(self, ckpt: Path, saved: Path):
         edit_json(saved / "config.json", architectures=["Nothing"])
         (finding,) = validated(saved, ckpt, "side_files").findings
