@@ -42,9 +42,7 @@ class TestNamesOfAWrapper:
     def test_are_told_once(self, model):
         explanation = explain(self.refused(model))
         assert {subject.kind for subject in explanation.subjects} == {"renamed"}
-        pairs = [
-            pair for subject in explanation.subjects for pair in zip(subject.names, subject.held_as, strict=True)
-        ]
+        pairs = [pair for subject in explanation.subjects for pair in zip(subject.names, subject.held_as, strict=True)]
         assert sorted(pairs) == sorted((name, f"_orig_mod.{name}") for name in model.state_dict())
         assert not explanation.fits
         assert_says(explanation.sentence, "is missing under this name", "prefix: _orig_mod.", "other tensors below")
