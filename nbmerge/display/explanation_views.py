@@ -103,7 +103,8 @@ def _overview(subjects: Sequence[Subject], diagnosis: str) -> Section:
 
 def _evidence_words(subject: Subject, diagnosis: str) -> str:
     if subject.held_as:
-        return words.elide(f"there as {_one_name(subject.held_as)}")
+        held, name = _one_name(subject.held_as), _one_name(subject.names)
+        return words.elide(f"there as {held.removesuffix(name)}…" if held.endswith(name) else f"there as {held}")
     if subject.best is None or not subject.best.evidence:
         return _ABSENT
     first = subject.best.evidence[0]
@@ -113,6 +114,11 @@ def _evidence_words(subject: Subject, diagnosis: str) -> str:
 def _title(subject: Subject) -> str:
     """All names of a subject as one: `model.layers.{0..35}.self_attn.q_proj.weight`."""
     return "the error" if subject.kind == FAILED else _one_name(subject.names) or "the tensor"
+
+
+def _titles(subjects: Sequence[Subject]) -> str:
+    """Two titles, or the first of more."""
+    return listing([_title(each) for each in subjects], shown=2 if len(subjects) == 2 else 1)
 
 
 def _one_name(names: Sequence[str]) -> str:
@@ -133,11 +139,11 @@ def _best_words(subject: Subject) -> str:
 
 
 def _told_alike(subjects: Sequence[Subject]) -> Iterator[Sequence[Subject]]:
-    """The subjects of which the same is to be said: the same causes of the same two shapes, or of any name."""
+    """The subjects of which the same is to be said: the same best causes of the same two shapes, or of any name."""
     groups: dict[object, list[Subject]] = {}
     for each in subjects:
         shapes = (each.expected, each.got) if each.kind == MISMATCH else each.message
-        groups.setdefault((each.kind, shapes, tuple(c.pattern for c in each.candidates)), []).append(each)
+        groups.setdefault((each.kind, shapes, tuple(c.pattern for c in leading(each.candidates))), []).append(each)
     yield from groups.values()
 
 
@@ -159,7 +165,7 @@ def _subject_section(subjects: Sequence[Subject], above: str, *, opened: bool) -
     tables += [_causes(subject.candidates)] if subject.candidates else []
     said = {MISSING: "missing: ", FAILED: words.elide(f"{subject.message}: ", words.PROSE_LIMIT)}
     return Section(
-        words.elide(listing([_title(each) for each in subjects], shown=1)),
+        words.elide(_titles(subjects), 2 * words.NAME_LIMIT),
         said.get(subject.kind, "") + summary,
         tables=tuple(tables),
         notes=tuple(_fixes(subject.candidates, above)),

@@ -22,6 +22,7 @@ _STYLE = """<style>
 .nbm th,.nbm td{border:0;border-bottom:1px solid var(--nbm-line);padding:3px 10px 3px 0;vertical-align:top}
 .nbm td+td,.nbm th+td,.nbm th+th{padding-left:10px}
 .nbm thead th{vertical-align:bottom}
+.nbm [align=right]{text-align:right}
 .nbm code{background:none!important;padding:0!important;color:inherit!important}
 .nbm .nbm-k code{white-space:nowrap}
 .nbm summary:focus-visible{outline:2px solid rgb(76,139,245);outline-offset:2px}
