@@ -6,6 +6,7 @@ Flags are spelled with `_` or `-`, as the user likes.
 from __future__ import annotations
 
 import argparse
+import difflib
 from collections.abc import Container, Sequence
 from dataclasses import fields
 from typing import Any, NoReturn
@@ -51,7 +52,17 @@ class Parser(argparse.ArgumentParser):
 
     def parse(self, words: Sequence[str]) -> argparse.Namespace:
         """The options of these words. Raises UsageError or HelpRequested."""
-        return self.parse_args([with_underscores(word) for word in words])
+        found, unknown = self.parse_known_args([with_underscores(word) for word in words])
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{self._meant(unknown)}")
+        return found
+
+    def _meant(self, unknown: Sequence[str]) -> str:
+        """`; did you mean --target_dir?`, for flags that are nearly right."""
+        flags = [flag for action in self._actions for flag in action.option_strings]
+        words = [word.partition("=")[0] for word in unknown if word.startswith("--")]
+        near = [match for word in words for match in difflib.get_close_matches(word, flags, n=1)]
+        return f"; did you mean {' '.join(dict.fromkeys(near))}?" if near else ""
 
 
 def with_underscores(word: str) -> str:
