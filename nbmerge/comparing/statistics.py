@@ -171,7 +171,12 @@ def ulp_bin(number: int) -> str:
     """What bin `number` of `Statistics.ulps` holds: `0`, `1`, `2`, `3–4`, `5–8`, …"""
     if number <= 2:
         return str(number)
-    return f"{2 ** (number - 2) + 1:,}–{2 ** (number - 1):,}"
+    return f"{greatest_ulps(number - 1) + 1:,}–{greatest_ulps(number):,}"
+
+
+def greatest_ulps(number: int) -> int:
+    """The greatest distance that bin `number` of `Statistics.ulps` holds."""
+    return 2 ** (number - 1) if number else 0
 
 
 def _cosine(ab: int, aa: int, bb: int) -> float:

@@ -110,7 +110,7 @@ def _section(section: Section) -> Iterator[str]:
     for table in section.tables:
         yield from _table(table)
     for note in section.notes:
-        text = f"<small>{_safe(note)}</small>" if section.tables else _safe(note)
+        text = f"<small>{_safe(note)}</small>" if section.tables or section.grids else _safe(note)
         yield f'<div style="margin:2px 0 6px 0">{text}</div>'
     yield "</details>"
 

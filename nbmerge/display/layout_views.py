@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import islice
 
 from nbmerge.display import words
-from nbmerge.display.maps import mesh_map, shard_map
+from nbmerge.display.maps import WRITER, mesh_map, shard_map
 from nbmerge.display.meshes import axis_label, mesh_in_words, on_axis, placement_in_words, table_axes
 from nbmerge.display.model import Cell, Column, Grid, Section, Table
 from nbmerge.display.shards import Cut, cut_of
@@ -17,6 +18,7 @@ from nbmerge.layout import Checkpoint, Kind
 _LAYOUTS = 16
 _AXES = 6
 _DRAWN = 4  # placements of which a tensor is drawn
+_SEVERAL = 2
 
 
 def layout_sections(checkpoint: Checkpoint) -> Iterator[Section]:
@@ -44,9 +46,17 @@ def layout_sections(checkpoint: Checkpoint) -> Iterator[Section]:
         return
     notes = (_LEGEND_ONCE if once else _LEGEND,)
     yield Section("Shard layout", summary, tables=(table,), notes=notes, opened=True)
-    drawn = tuple(_drawings(checkpoint, order))
+    drawn, said = _said_once([*_drawings(checkpoint, order)])
     if drawn:
-        yield Section("Shard map", "which rank holds which box, of the largest tensors", grids=drawn, opened=True)
+        what = "which rank holds which box, of the largest tensors"
+        yield Section("Shard map", what, grids=tuple(drawn), notes=said, opened=True)
+
+
+def _said_once(grids: Sequence[Grid]) -> tuple[Sequence[Grid], tuple[str, ...]]:
+    """The drawings without what each would say of its ranks, and that as a note on all of them."""
+    if sum(WRITER in grid.notes for grid in grids) < _SEVERAL:
+        return grids, ()
+    return [replace(grid, notes=tuple(note for note in grid.notes if note != WRITER)) for grid in grids], (WRITER,)
 
 
 def _drawings(

@@ -18,6 +18,7 @@ from nbmerge.layout import Checkpoint, Chunk, LazyTensor
 _MOST = 8  # rows and columns that are drawn
 _LISTED = 4  # ranks of a patch that are listed one by one where they make no range
 _FIRST, _LAST = _MOST // 2, _MOST // 2 - 1  # of more than that
+WRITER = "the rank is the one that wrote it"
 _ENDS = f"the first {_FIRST} and the last {_LAST} are drawn"
 _GAP = Patch("⋯")
 
@@ -172,7 +173,7 @@ def _notes(
     if empty:
         notes.append(f"{ranks_in_words(empty)}: empty, nothing of it")
     if is_stored_once(tensor) and has_ranks(tensor):
-        notes.append("the rank is the one that wrote it")
+        notes.append(WRITER)
     return notes
 
 

@@ -77,7 +77,7 @@ def ranks_section(checkpoint: Checkpoint) -> Iterator[Section]:
     once = is_stored_once(first)
     yield Section(
         "Ranks",
-        f"what each of {plural(len(held), 'rank')} {'wrote' if once else 'holds'}",
+        f"what {'each of ' if len(held) > 1 else ''}{plural(len(held), 'rank')} {'wrote' if once else 'holds'}",
         tables=(_table(held, {} if once else _files(checkpoint)),),
         notes=(_WROTE,) if once else (),
         opened=len(held) <= _OPENED,

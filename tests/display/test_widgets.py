@@ -16,10 +16,12 @@ import pytest
 
 import nbmerge
 from nbmerge import tensor_stats
+from nbmerge.comparing.statistics import Statistics
 from nbmerge.display.html import render_html
 from nbmerge.display.widgets import explorer_of
 from nbmerge.display.widgets.checkpoint import CheckpointExplorer
 from nbmerge.display.widgets.diff import DiffExplorer
+from nbmerge.display.widgets.histograms import update_sections
 from nbmerge.display.widgets.table import PAGE
 from nbmerge.engine.events import Advanced
 from nbmerge.errors import NotSupportedError
@@ -283,6 +285,19 @@ def test_the_bins_of_all_parts_are_the_same() -> None:
     for part in [value for _, value in shown.layer.options][1:]:
         shown.layer.value = part
         assert bins.findall(shown.detail.value) == every
+
+
+def test_distances_begin_at_the_least_one_and_no_element_is_left_out() -> None:
+    far = Statistics(elements=100, changed=10, ulps=(*[0] * 5, 3, *[0] * 26, 7))
+    near = Statistics(elements=100, changed=4, ulps=(*[0] * 5, 4))
+    (_, far_section), (_, near_section) = (list(update_sections(found, far)) for found in (far, near))
+    rows = [[cell.text for cell in row] for row in far_section.tables[0].rows]
+    assert rows[0] == ["at most 128", "3", "30.0%"]
+    assert rows[1] == ["129–256", "0", "0.0%"]
+    assert rows[-1] == ["1,073,741,825–2,147,483,648", "7", "70.0%"]
+    assert [[cell.text for cell in row][:2] for row in near_section.tables[0].rows] == [
+        ["at most 128", "4"], *[[row[0], "0"] for row in rows[1:]]
+    ]  # fmt: skip
 
 
 def test_the_largest_updates_come_first_and_each_shows_its_histogram() -> None:

@@ -120,7 +120,11 @@ def test_nbmerge_lists_the_magics_with_an_example_each(
         ("%merge_ckpt nowhere --target_dir out", "there is no such directory", "pass the directory that holds"),
         ("%merge_ckpt $ckptt --target_dir out", "the notebook has no variable 'ckptt'", "write $ckpt"),
         ("%merge_ckpt", "arguments are required: PATH", "%merge_ckpt --help lists the options"),
-        ("%merge_ckpt a --traget-dir=b", "unrecognized arguments: --traget_dir=b; did you mean --target_dir?", "--help"),
+        (
+            "%merge_ckpt a --traget-dir=b",
+            "unrecognized arguments: --traget_dir=b; did you mean --target_dir?",
+            "--help",
+        ),
         ("%merge_ckpt a b", "unrecognized arguments: b", "%merge_ckpt --help lists the options"),
         ("%merge_ckpt a --local_dir b", "unrecognized arguments: a", "%merge_ckpt --help lists the options"),
         ("%merge_ckpt a --workers {print}", "invalid int value: '<builtin_function_or_method>'", "--help"),

@@ -101,7 +101,8 @@ class DiffExplorer(Explorer):
 
     def _cells(self, name: str) -> Sequence[Cell]:
         found = self._together if name == _TOGETHER else self.diff[name].statistics
-        label = f"all {len(self._part):,} together" if name == _TOGETHER else words.elide(name, 72)
+        count = f"{len(self._part):,} " if len(self._part) > 1 else ""
+        label = f"all {count}together" if name == _TOGETHER else words.elide(name, 72)
         return (Cell(label), share_cell(found), Cell(number(found.relative_l2)), Cell(magnitude_line(found.magnitudes)))
 
     def _where(self) -> str:

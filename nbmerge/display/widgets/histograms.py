@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
-from nbmerge.comparing.statistics import Statistics, ulp_bin
+from nbmerge.comparing.statistics import Statistics, greatest_ulps, ulp_bin
 from nbmerge.display import words
 from nbmerge.display.model import Cell, Column, Section, Table
 from nbmerge.display.sparklines import magnitude_line, power_of_two, ulp_line
@@ -29,9 +29,18 @@ def update_sections(found: Statistics, within: Statistics) -> Iterator[Section]:
     """How far the changed elements moved, by powers of two and by units in the last place, over the bins of `within`"""
     yield magnitude_section("|Δ|", found.magnitudes, within.magnitudes)
     if any(within.ulps):
-        counts = [*found.ulps, *[0] * (len(within.ulps) - len(found.ulps))]
-        bins = [(ulp_bin(number), count) for number, count in enumerate(counts)]
-        yield _section("Units in the last place", ulp_line(found.ulps), "units", bins[: _MOST + 1])
+        yield _section("Units in the last place", ulp_line(found.ulps), "units", _ulp_bins(found.ulps, within.ulps))
+
+
+def _ulp_bins(ulps: Sequence[int], within: Sequence[int]) -> list[tuple[str, int]]:
+    """Elements by distance, from the least to the greatest one in `within`; of many bins the lower ones as one."""
+    filled = [number for number, count in enumerate(within) if count]
+    stop = filled[-1] + 1
+    low = max(filled[0], stop - _MOST)
+    bins = [(ulp_bin(number), ulps[number] if number < len(ulps) else 0) for number in range(low, stop)]
+    if filled[0] < low:
+        bins.insert(0, (f"at most {greatest_ulps(low - 1):,}", sum(ulps[:low])))
+    return bins
 
 
 def _section(title: str, line: str, unit: str, bins: Sequence[tuple[str, int]]) -> Section:
