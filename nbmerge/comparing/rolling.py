@@ -71,10 +71,13 @@ def _part(name: str, module: str, dims: int) -> str:
     return MATRICES if dims > 1 else OTHERS
 
 
+_STAGES = ("attn", "attention"), ("mlp", "expert", "feed_forward", "ffn")
+
+
 def kind_order(kind: str) -> tuple[int, int, str]:
-    """Sorts kinds as a layer computes: attention, then what follows it, then norms; projections as they are used."""
+    """Sorts kinds as a layer computes: attention, MLP or experts, the rest, norms; projections as they are used."""
     last = kind.rpartition(".")[2]
-    stage = 2 if kind == NORMS else 0 if "attn" in kind or "attention" in kind else 1
+    stage = 3 if kind == NORMS else next((n for n, words in enumerate(_STAGES) if any(w in kind for w in words)), 2)
     return stage, _PROJECTIONS.index(last) if last in _PROJECTIONS else len(_PROJECTIONS), kind
 
 
@@ -118,3 +121,17 @@ def main_stack(places: Mapping[Place, Together]) -> str:
         if place.layer is not None:
             sizes[place.stack] += found.statistics.elements
     return max(sizes, key=lambda stack: sizes[stack], default="")
+
+
+def kind_sizes(places: Mapping[Place, Together]) -> Counter[str]:
+    """The elements of each kind of module."""
+    sizes: Counter[str] = Counter()
+    for place, found in places.items():
+        sizes[place.kind] += found.statistics.elements
+    return sizes
+
+
+def largest_kinds(sizes: Mapping[str, int], most: int) -> list[str]:
+    """The kinds with the most elements, in the order in which a layer computes."""
+    kinds = sorted(sizes, key=lambda kind: (-sizes[kind], kind_order(kind)))
+    return sorted(kinds[:most], key=kind_order)

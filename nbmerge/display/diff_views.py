@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 
 from nbmerge.collapse import collapse
 from nbmerge.comparing.left_out import Unmatched
 from nbmerge.comparing.model_diff import ModelDiff, TensorDiff
-from nbmerge.comparing.rolling import Place, Together, kind_order, main_stack, rolled
+from nbmerge.comparing.rolling import Place, Together, kind_sizes, largest_kinds, main_stack, rolled
 from nbmerge.comparing.sentence import percent
 from nbmerge.comparing.statistics import Statistics, combined, ulp_bin
 from nbmerge.display import words
@@ -168,7 +168,8 @@ def _heat(diff: ModelDiff) -> Table | None:
     stack, inside, layers = main_layers(diff)
     if not layers:
         return None
-    kinds = sorted({place.kind for place in inside}, key=kind_order)
+    sizes = kind_sizes(inside)
+    kinds = largest_kinds(sizes, _KINDS)
     width = -(-len(layers) // _LAYERS)
     rows_of = {layer: number // width for number, layer in enumerate(layers)}
     cells = rolled(inside, lambda place: (rows_of[place.layer or 0], place.kind))
@@ -177,9 +178,10 @@ def _heat(diff: ModelDiff) -> Table | None:
     for row, start in enumerate(range(0, len(layers), width)):
         together = layers[start : start + width]
         label = f"{together[0]}" if len(together) == 1 else f"{together[0]}–{together[-1]}"
-        rows.append((Cell(label), *(share_cell(cells.get((row, kind)), most) for kind in kinds[:_KINDS])))
-    columns = (Column("layer"), *(Column(_short(kind, kinds), number=True) for kind in kinds[:_KINDS]))
-    more = f"; {plural(len(kinds) - _KINDS, 'further kind')} in the next table" if len(kinds) > _KINDS else ""
+        rows.append((Cell(label), *(share_cell(cells.get((row, kind)), most) for kind in kinds)))
+    columns = (Column("layer"), *(Column(_short(kind, sizes), number=True) for kind in kinds))
+    others = len(sizes) - len(kinds)
+    more = f"; {plural(others, 'smaller kind')} in the next table" if others else ""
     scale = f"; the longest bar is {percent(most)}" if most else ""
     return Table(columns, tuple(rows), title=f"{words.elide(stack)}{scale}{more}")
 
@@ -197,7 +199,7 @@ def shown_share(found: Statistics) -> float:
     return found.share if found.share_rounded is None else found.share_rounded
 
 
-def _short(kind: str, kinds: Sequence[str]) -> str:
+def _short(kind: str, kinds: Iterable[str]) -> str:
     """The last part of a kind's name where no other kind ends in it."""
     last = kind.rpartition(".")[2]
     return words.elide(last if sum(each.rpartition(".")[2] == last for each in kinds) == 1 else kind, 30)
@@ -209,9 +211,10 @@ def _kinds_section(diff: ModelDiff) -> Section:
         Column("cosine", number=True), Column("max |Δ|", number=True), Column("ULPs"),
         Column("|Δ|"),
     )  # fmt: skip
-    found = sorted(diff.by_kind.items(), key=lambda item: kind_order(item[0]))
-    rows = tuple((Cell(words.elide(kind, 40)), *_measure_cells(one)) for kind, one in found[:KIND_ROWS])
-    table = Table(columns, rows, hidden=max(len(found) - KIND_ROWS, 0), rows_are="kinds", rest=".by_kind")
+    found = diff.by_kind
+    kinds = largest_kinds({kind: one.elements for kind, one in found.items()}, KIND_ROWS)
+    rows = tuple((Cell(words.elide(kind, 40)), *_measure_cells(found[kind])) for kind in kinds)
+    table = Table(columns, rows, hidden=len(found) - len(kinds), rows_are="kinds", rest=".by_kind")
     histograms = "histograms of the changed elements: units in the last place, and |Δ| by powers of two"
     summary = f"{plural(len(found), 'kind')} of module; {histograms}"
     return Section("By kind of module", summary, tables=(table,), opened=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from nbmerge.comparing.rolling import kind_order
+from nbmerge.comparing.rolling import largest_kinds
 from nbmerge.comparing.sentence import percent
 from nbmerge.comparing.trajectory import Step, Trajectory
 from nbmerge.display import words
@@ -75,16 +75,17 @@ def _kinds_along(trajectory: Trajectory) -> Section:
         Column("kind", code=True), Column("relative L2 along the run"), Column("first", number=True),
         Column("last", number=True), Column("mean cosine of updates", number=True),
     )  # fmt: skip
-    kinds = sorted({kind for step in trajectory.steps for kind in step.diff.by_kind}, key=kind_order)
+    sizes = {kind: one.elements for step in trajectory.steps for kind, one in step.diff.by_kind.items()}
+    kinds = largest_kinds(sizes, KIND_ROWS)
     rows = []
-    for kind in kinds[:KIND_ROWS]:
+    for kind in kinds:
         norms = [_norm(step, kind) for step in trajectory.steps]
         cosines = [found for step in trajectory.steps if (found := step.cosines_by_kind.get(kind)) is not None]
         mean = f"{sum(cosines) / len(cosines):+.3f}" if cosines else "·"
         row = (words.elide(kind, 40), sparkline(norms[-_BARS:]), number(norms[0]), number(norms[-1]), mean)
         rows.append(tuple(Cell(text) for text in row))
-    table = Table(columns, tuple(rows), hidden=max(len(kinds) - KIND_ROWS, 0), rows_are="kinds", rest=".steps")
-    return Section("By kind of module", plural(len(kinds), "kind"), tables=(table,))
+    table = Table(columns, tuple(rows), hidden=len(sizes) - len(kinds), rows_are="kinds", rest=".steps")
+    return Section("By kind of module", plural(len(sizes), "kind"), tables=(table,))
 
 
 def _norm(step: Step, kind: str) -> float:

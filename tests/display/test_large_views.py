@@ -9,7 +9,7 @@ import pytest
 from nbmerge.shown import Displayed
 from tests.support.sanitizer import sanitized
 
-from .large_objects import LARGE, large_plan, megatron, published
+from .large_objects import LARGE, large_diff, large_plan, megatron, published
 
 
 @pytest.mark.parametrize("made", LARGE)
@@ -39,3 +39,18 @@ def test_each_rank_of_a_very_large_index_is_counted_and_the_cut_is_said() -> Non
 def test_a_plan_of_ninety_thousand_outputs_says_the_bytes_of_each_dtype() -> None:
     facts = {fact.label: fact.value for fact in large_plan().view().facts}
     assert facts["dtype"] == "float8_e4m3fn (98.8%), bfloat16 (1.1%), float32 (<0.1%), as stored"
+
+
+def test_a_comparison_shows_the_kinds_that_hold_nearly_all_elements() -> None:
+    found = large_diff()
+    where, kinds = (
+        next(section.tables[0] for section in found.view().sections if section.title == title)
+        for title in ("Where", "By kind of module")
+    )
+    heads = [column.title for column in where.columns]
+    assert {"experts", "o_proj", "mlp.shared_experts.gate_proj"} <= set(heads)  # `gate_proj` alone would be two
+    assert len(heads) == 10 and "smaller kinds in the next table" in where.title
+    assert "mlp.experts" in [row[0].text for row in kinds.rows]
+    figure = found.plot("heat")
+    assert {"mlp.experts", "self_attn.o_proj"} <= {one.get_text() for one in figure.axes[0].get_yticklabels()}
+    assert "not drawn: " in figure.get_suptitle() and figure.get_suptitle().endswith("smaller kinds of module")

@@ -7,13 +7,14 @@ import math
 from matplotlib.ticker import MaxNLocator
 
 from nbmerge.comparing.model_diff import ModelDiff, TensorDiff
-from nbmerge.comparing.rolling import kind_order, rolled
+from nbmerge.comparing.rolling import kind_sizes, largest_kinds, rolled
 from nbmerge.comparing.sentence import percent
 from nbmerge.comparing.statistics import Statistics
 from nbmerge.display.diff_views import main_layers, shown_share
 from nbmerge.display.figures.canvas import HUES, Picture, picture, plain, ticks
 from nbmerge.display.figures.histograms import draw_magnitudes, draw_ulps
 from nbmerge.display.words import path_label
+from nbmerge.errors import plural
 
 _KINDS = 16
 _WRITTEN = 160  # cells up to which each has its share written in it
@@ -23,12 +24,15 @@ _DARK = 0.55  # of the scale, above which text is black
 def heat_map(diff: ModelDiff) -> Picture:
     """Layers by kinds of module, in colours for the share of elements that changed."""
     stack, inside, layers = main_layers(diff)
-    kinds = sorted({place.kind for place in inside}, key=kind_order)[:_KINDS]
+    sizes = kind_sizes(inside)
+    kinds = largest_kinds(sizes, _KINDS)
+    others = len(sizes) - len(kinds)
     cells = rolled(inside, lambda place: (place.layer, place.kind))
     shares = [[_share(cells.get((layer, kind))) for layer in layers] for kind in kinds]
-    made, (axes,) = picture(
-        max(4.8, min(1.9 + 0.42 * len(layers), 12)), 1.6 + 0.3 * max(len(kinds), 1), "Share of elements that changed"
+    title = "Share of elements that changed" + (
+        f"; not drawn: {plural(others, 'smaller kind')} of module" if others else ""
     )
+    made, (axes,) = picture(max(4.8, min(1.9 + 0.42 * len(layers), 12)), 1.6 + 0.3 * max(len(kinds), 1), title)
     if not layers:
         axes.text(0.5, 0.5, "no repeated layers to draw", ha="center", va="center", transform=axes.transAxes)
         return made
