@@ -96,10 +96,13 @@ def _against_plan(plan: MergePlan, found: dict[str, tuple[str, Entry]], problems
 def _adapter(plan: MergePlan, directory: Path, problems: list[Problem]) -> None:
     """The adapter's file against the plan."""
     for file in plan.adapter_files:
+        if not (directory / file.name).is_file():
+            problems.append(Problem(f"{file.name} was not written", where=str(directory)))
+            continue
         try:
             entries = read_header(directory / file.name)
-        except (NbmergeError, OSError) as error:
-            problems.append(Problem(f"{file.name} cannot be read: {error}".splitlines()[0]))
+        except NbmergeError as error:
+            problems.append(error.problem)
             continue
         want = {tensor.name: (tensor.expr.shape, tensor.expr.dtype) for tensor in file.tensors}
         if want != {name: (entry.shape, entry.dtype) for name, entry in entries.items()}:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,8 @@ import pytest
 import torch
 
 import nbmerge
+from nbmerge.errors import VerificationError
+from nbmerge.verification import verify
 from tests.support.adapters import Adapted, adapted, save_adapter_config, write_world
 from tests.support.models import HAS_CONVERSIONS, save_tiny_model, tiny_model
 from tests.support.results import assert_same, bits_of_all, receipt_of, saved_bits
@@ -287,3 +291,24 @@ def test_a_comparison_folds_the_adapter_of_the_side_that_has_one(tmp_path: Path)
     assert nbmerge.diff(base, tmp_path / "ckpt", lora="split", lora_alpha=5).is_empty
     with pytest.raises(nbmerge.PlanError, match="--lora fold"):
         nbmerge.diff(base, tmp_path / "ckpt")
+
+
+@pytest.mark.parametrize(
+    ("damage", "what"),
+    [
+        (lambda path: path.write_bytes(path.read_bytes()[:-8]), "its header describes"),
+        (lambda path: path.unlink(), "was not written"),
+        (lambda path: path.write_bytes(path.with_name("other").read_bytes()), "other tensors than were planned"),
+    ],
+)
+def test_a_damaged_adapter_does_not_verify(tmp_path: Path, damage: Callable[[Path], object], what: str):
+    out = merged(adapted(), tmp_path, lora="split")
+    plan = nbmerge.plan_merge(tmp_path / "ckpt", lora="split")
+    assert verify(plan, out).adapter > 0
+    weights = out / "lora_adapter" / "adapter_model.safetensors"
+    shutil.copy(out / "model.safetensors", weights.with_name("other"))
+    damage(weights)
+    with pytest.raises(VerificationError) as refused:
+        verify(plan, out)
+    (problem,) = refused.value.problems
+    assert what in problem.what and str(out) in problem.where
