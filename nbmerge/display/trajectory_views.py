@@ -8,7 +8,8 @@ from nbmerge.comparing.rolling import largest_kinds
 from nbmerge.comparing.sentence import percent
 from nbmerge.comparing.trajectory import Step, Trajectory
 from nbmerge.display import words
-from nbmerge.display.diff_views import KIND_ROWS, diff_alerts, number, share_cell
+from nbmerge.display.diff_views import KIND_ROWS, diff_alerts, number
+from nbmerge.display.heat import share_cell
 from nbmerge.display.model import Alert, Cell, Column, Fact, Section, Table, View
 from nbmerge.display.sparklines import magnitude_line, sparkline
 from nbmerge.errors import plural

@@ -10,9 +10,9 @@ from nbmerge.comparing.model_diff import ModelDiff, TensorDiff
 from nbmerge.comparing.rolling import kind_sizes, largest_kinds, rolled
 from nbmerge.comparing.sentence import percent
 from nbmerge.comparing.statistics import Statistics
-from nbmerge.display.diff_views import main_layers, shown_share
 from nbmerge.display.figures.canvas import HUES, Picture, picture, plain, ticks
 from nbmerge.display.figures.histograms import draw_magnitudes, draw_ulps
+from nbmerge.display.heat import main_layers, shown_share
 from nbmerge.display.words import path_label
 from nbmerge.errors import plural
 

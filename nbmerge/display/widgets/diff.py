@@ -14,8 +14,9 @@ from nbmerge.comparing.rolling import kind_order, main_stack
 from nbmerge.comparing.sentence import percent
 from nbmerge.comparing.statistics import Statistics, combined
 from nbmerge.display import words
-from nbmerge.display.diff_views import diff_alerts, measures, number, share_cell, tensor_diff_view
+from nbmerge.display.diff_views import diff_alerts, measures, number, tensor_diff_view
 from nbmerge.display.fit import fit
+from nbmerge.display.heat import share_cell
 from nbmerge.display.html import render_html
 from nbmerge.display.model import Cell, Column, Section, View
 from nbmerge.display.sparklines import magnitude_line
