@@ -62,7 +62,7 @@ class Parser(argparse.ArgumentParser):
         flags = [flag for action in self._actions for flag in action.option_strings]
         words = [word.partition("=")[0] for word in unknown if word.startswith("--")]
         near = [match for word in words for match in difflib.get_close_matches(word, flags, n=1)]
-        return f"; did you mean {' '.join(dict.fromkeys(near))}?" if near else ""
+        return f"; did you mean {' and '.join(dict.fromkeys(near))}?" if near else ""
 
 
 def with_underscores(word: str) -> str:

@@ -196,7 +196,8 @@ def _of_reading(reading: Reading, asked: str, known: Known, name: str | None) ->
     diagnosis = "" if _share_a_cause(subjects) else _diagnosis(questions)
     cut = f"{reading.cut:,} characters at the end of the message were not read"
     problems = (Problem(cut, fix="pass the checkpoint itself, or the rest of it"),) if reading.cut else ()
-    return Explanation(asked, subjects, diagnosis, known.ranks, problems, checked=len(questions))
+    checked = sum(len(subject.names) for subject in subjects)
+    return Explanation(asked, subjects, diagnosis, known.ranks, problems, checked)
 
 
 def _share_a_cause(subjects: Sequence[Subject]) -> bool:
@@ -217,7 +218,7 @@ def _only(explanation: Explanation, name: str | None) -> Explanation:
         return explanation
     found = [subject.only(name) for subject in explanation.subjects if subject.is_about(name)]
     if not found:
-        raise unknown_name(name, [each for subject in explanation.subjects for each in subject.names])
+        raise unknown_name(name, [each for s in explanation.subjects for each in (*s.names, *s.held_as)])
     return replace(explanation, subjects=tuple(found))
 
 
@@ -273,7 +274,7 @@ def _of_plan(plan: MergePlan, name: str | None, ranks: int | None) -> Explanatio
     }
     asked = _completed(_of_other_names(plan.mismatches, plan), held, plan.expected, ranks)
     subjects = subjects_of(asked, name)
-    told = {subject.name for subject in subjects if subject.name}
+    told = {subject.names[0] for subject in subjects}
     others = [p for p in plan.problems if p.what != _sentence(plan) and told.isdisjoint(_WORDS.split(p.what))]
     wrote = plan.checkpoint.world_size if ranks is None else ranks
     explained = Explanation(str(plan.checkpoint.path), subjects, _sentence(plan), wrote, tuple(others), len(held))

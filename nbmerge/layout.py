@@ -49,12 +49,16 @@ class MeshAxis(NamedTuple):
 
 @dataclass(frozen=True, repr=False)
 class LazyTensor(Displayed, Plotted):
-    """A tensor of a checkpoint: name, global shape, dtype, and the expression that makes it. Holds no data."""
+    """A tensor of a checkpoint: name, global shape, dtype, and the expression that makes it. Holds no data.
+
+    ranked: whether the files say which rank stored each of its chunks.
+    """
 
     name: str
     expr: Expr
     chunks: tuple[Chunk, ...] = ()
     mesh: tuple[MeshAxis, ...] = ()
+    ranked: bool = True
 
     @property
     def shape(self) -> Shape:

@@ -262,14 +262,9 @@ def _in_chunk(found: Location, tensor: LazyTensor, chunk: Chunk, rank: int, insi
     ]
     source = tuple(a + b for a, b in zip(chunk.box.offset, inside, strict=True))
     return replace(
-        found, source=tensor.name, source_index=source, rank=rank if _says_rank(chunk, tensor) else None,
+        found, source=tensor.name, source_index=source, rank=rank if tensor.ranked else None,
         box=chunk.box, shard_index=inside, copies=tuple(copies),
     )  # fmt: skip
-
-
-def _says_rank(chunk: Chunk, tensor: LazyTensor) -> bool:
-    """Whether the files say which rank wrote a chunk; zarr's, in a directory of the tensor's name, do not."""
-    return Path(chunk.stored.file).parent.name != tensor.name
 
 
 def _offset(stored: Stored, index: Shape) -> int:

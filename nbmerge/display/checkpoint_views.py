@@ -8,7 +8,7 @@ from pathlib import Path
 
 from nbmerge.display import words
 from nbmerge.display.layout_views import layout_sections
-from nbmerge.display.meshes import mesh_in_words
+from nbmerge.display.meshes import is_whole_mesh, mesh_in_words
 from nbmerge.display.model import PROBLEM, Alert, Cell, Column, Fact, Section, Table, View
 from nbmerge.display.parameter_views import parameters_section
 from nbmerge.display.rank_views import ranks_section
@@ -80,7 +80,7 @@ def dtypes_in_words(nbytes: Counter[str], total: int) -> str:
 def _sentence(checkpoint: Checkpoint) -> str:
     written = "" if checkpoint.whole else f", written by {plural(checkpoint.world_size, 'rank')}"
     if checkpoint.mesh:
-        written += f" on a mesh {mesh_in_words(checkpoint)}"
+        written += f" {'on a mesh' if is_whole_mesh(checkpoint) else 'with'} {mesh_in_words(checkpoint)}"
     nbytes: Counter[str] = Counter()
     for kind in checkpoint.kinds:
         nbytes[kind.first.dtype.name] += kind.nbytes

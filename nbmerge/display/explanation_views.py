@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import reduce
 from itertools import zip_longest
 
 from nbmerge.collapse import collapse
@@ -103,12 +104,17 @@ def _overview(subjects: Sequence[Subject], diagnosis: str) -> Section:
 
 def _evidence_words(subject: Subject, diagnosis: str) -> str:
     if subject.held_as:
-        held, name = _one_name(subject.held_as), _one_name(subject.names)
-        return words.elide(f"there as {held.removesuffix(name)}…" if held.endswith(name) else f"there as {held}")
+        return words.elide(f"there as {_prefix(subject) or _one_name(subject.held_as)}")
     if subject.best is None or not subject.best.evidence:
         return _ABSENT
     first = subject.best.evidence[0]
     return "as said above" if first in diagnosis else words.elide(first, 120)
+
+
+def _prefix(subject: Subject) -> str:
+    """`_orig_mod.…`, where the checkpoint's names are the model's after that; else empty."""
+    held, name = _one_name(subject.held_as), _one_name(subject.names)
+    return f"{held.removesuffix(name)}…" if held.endswith(name) else ""
 
 
 def _title(subject: Subject) -> str:
@@ -143,8 +149,15 @@ def _told_alike(subjects: Sequence[Subject]) -> Iterator[Sequence[Subject]]:
     groups: dict[object, list[Subject]] = {}
     for each in subjects:
         shapes = (each.expected, each.got) if each.kind == MISMATCH else each.message
-        groups.setdefault((each.kind, shapes, tuple(c.pattern for c in leading(each.candidates))), []).append(each)
+        causes = tuple((one.pattern, one.strength, _nameless(one, each)) for one in leading(each.candidates))
+        groups.setdefault((each.kind, shapes, causes, _prefix(each)), []).append(each)
     yield from groups.values()
+
+
+def _nameless(cause: Candidate, subject: Subject) -> str:
+    """What happened, without the names of the tensor."""
+    names = sorted(filter(None, (subject.name, cause.other)), key=len, reverse=True)
+    return reduce(lambda said, name: said.replace(name, _ABSENT), names, cause.sentence)
 
 
 def _subject_section(subjects: Sequence[Subject], above: str, *, opened: bool) -> Section:

@@ -41,7 +41,7 @@ def heat_table(diff: ModelDiff) -> Table | None:
         rows.append((Cell(label), *(share_cell(cells.get((row, kind)), most) for kind in kinds)))
     columns = (Column("layer"), *(Column(_short(kind, sizes), number=True) for kind in kinds))
     others = len(sizes) - len(kinds)
-    more = f"; {plural(others, 'smaller kind')} in the next table" if others else ""
+    more = f"; {plural(others, 'smaller kind')} not in this table" if others else ""
     scale = f"; the longest bar is {percent(most)}" if most else ""
     return Table(columns, tuple(rows), title=f"{words.elide(stack)}{scale}{more}")
 

@@ -83,7 +83,7 @@ def _drawing(on: tuple[str, ...], kind: str, alike: Sequence[Kind]) -> Grid | No
 
 
 _LEGEND = (
-    "even: every rank's piece has the same shape; uneven: some are smaller; empty: some rank holds nothing of it; "
+    "even: every rank holds as many elements; uneven: some hold fewer; empty: some rank holds nothing of it; "
     "whole: not cut; copies: ranks that hold the same piece"
 )
 _LEGEND_ONCE = (

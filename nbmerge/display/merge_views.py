@@ -221,7 +221,7 @@ def _files_section(plan: MergePlan, *, done: bool) -> Section:
         for name, count, size in (*sizes[: _FILES - 4], *sizes[_FILES - 4 :][-4:])
     )
     table = Table(columns, rows, hidden=len(sizes) - len(rows), rows_are="files", rest=".files and .side_files")
-    title = "Files written" if done else "Files to write"
+    title = "Files written" if done else "Files that it would write" if plan.problems else "Files to write"
     summary = f"{plural(len(sizes), 'file')}, {words.byte_size(total)}, and the receipt"
     return Section(title, summary, tables=(table,))
 

@@ -33,6 +33,12 @@ def mesh_in_words(checkpoint: Checkpoint) -> str:
     return words.elide(", ".join(filter(None, (text, over))))
 
 
+def is_whole_mesh(checkpoint: Checkpoint) -> bool:
+    """Whether the mesh that is known has a place for each rank: some checkpoints record only a part of its axes."""
+    sizes = [axis.size for axis in checkpoint.mesh if axis.placement != "experts"]
+    return checkpoint.world_size in (math.prod(sizes), math.prod(axis.size for axis in checkpoint.mesh))
+
+
 def axis_label(axis: MeshAxis) -> str:
     """`tp=2`."""
     return f"{words.elide(axis.name, 24)}={axis.size:,}"

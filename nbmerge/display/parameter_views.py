@@ -5,7 +5,7 @@ from __future__ import annotations
 from nbmerge.display import words
 from nbmerge.display.meshes import placement_in_words
 from nbmerge.display.model import Cell, Column, Section, Table
-from nbmerge.display.tree import Branch, tree
+from nbmerge.display.tree import Branch, kept, tree
 from nbmerge.errors import plural
 from nbmerge.layout import Checkpoint, Kind
 
@@ -26,8 +26,9 @@ def parameters_section(checkpoint: Checkpoint) -> Section:
     )
     branches = tree((one.group.name, one) for one in checkpoint.kinds)
     total = checkpoint.nbytes
-    rows = tuple(_branch_row(branch, checkpoint, total) for branch in branches[:_ROWS])
-    table = Table(columns, rows, hidden=max(len(branches) - _ROWS, 0), rows_are="rows", rest=".tensors")
+    left = kept([(branch.depth, sum(one.nbytes for one in branch.leaves)) for branch in branches], _ROWS)
+    rows = tuple(_branch_row(branches[at], checkpoint, total) for at in left)
+    table = Table(columns, rows, hidden=len(branches) - len(rows), rows_are="rows", rest=".tensors")
     tensors = plural(len(checkpoint.tensors), "tensor")
     summary = f"{tensors} of {plural(len(checkpoint.kinds), 'kind')}; repeated layers share a row"
     return Section("Parameters", summary, tables=(table,), opened=len(rows) <= _OPENED)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -14,13 +15,15 @@ from nbmerge.layout import Chunk, LazyTensor, MeshAxis
 from nbmerge.loaders.rank_shards import SHARD
 
 _SHARD = re.compile(r"Shard\((\d+)\)")
-_SAYS_WHOSE = re.compile(r"[A-Za-z_].*\d|\d.*[A-Za-z_]")  # __0_1.distcp and model_rank_3.pt, not model.pt nor 0.1
+# __0_1.distcp and model_rank_3.pt, not model.pt nor 0.1, and not a universal checkpoint's NAME/fp32.pt
+_SAYS_WHOSE = re.compile(r"(?!fp32\.pt$).*?(?:[A-Za-z_].*\d|\d.*[A-Za-z_])")
 
 
 @dataclass(frozen=True, slots=True)
 class Cut:
     """kind: one of KINDS; pieces that hold something; copies: ranks that hold the same piece, at most.
 
+    `even` means that all ranks hold as many elements; of what is stored once, that all pieces have the same shape.
     `empty` means that at least one rank of the mesh holds nothing, whatever the other pieces' shapes.
     stored_once: the checkpoint keeps one copy of each piece, and how many ranks held it is not in the files.
     """
@@ -32,6 +35,7 @@ class Cut:
     copies: int
     without: int
     stored_once: bool = False
+    holders: int = 0
 
     @property
     def in_words(self) -> str:
@@ -40,6 +44,9 @@ class Cut:
             return "in one piece" if self.kind == "whole" else f"in {self.pieces:,} {self.kind} pieces"
         if self.kind == "whole":
             return "whole" + (f", the same on {plural(self.copies, 'rank')}" if self.copies > 1 else "")
+        if self.pieces > self.holders > 1 and self.kind != "empty":
+            how = "as many elements on each" if self.kind == "even" else "not as many elements on each"
+            return f"into {self.pieces:,} boxes on {plural(self.holders, 'rank')}, {how}"
         adjective = {"even": "even ", "uneven": "uneven ", "empty": ""}[self.kind]
         text = f"into {self.pieces:,} {adjective}pieces" if self.pieces != 1 else "into one piece"
         if self.copies > 1:
@@ -66,8 +73,17 @@ def cut_of(tensor: LazyTensor) -> Cut:
         return Cut("empty", len(filled), copies, without)
     if len(filled) <= 1:
         return Cut("whole", len(filled), copies, 0)
-    even = len({chunk.box.shape for chunk in filled}) == 1
-    return Cut("even" if even else "uneven", len(filled), copies, 0)
+    return Cut("even" if _is_even(filled) else "uneven", len(filled), copies, 0, holders=holders)
+
+
+def _is_even(filled: Sequence[Chunk]) -> bool:
+    """Whether all ranks hold as many elements."""
+    if len({chunk.box.shape for chunk in filled}) == 1:
+        return len(set(Counter(chunk.rank for chunk in filled).values())) == 1
+    sizes: Counter[int] = Counter()
+    for chunk in filled:
+        sizes[chunk.rank] += chunk.box.numel
+    return len(set(sizes.values())) == 1
 
 
 def holders_of(chunk: Chunk) -> Iterable[int]:
@@ -81,8 +97,8 @@ def is_stored_once(tensor: LazyTensor) -> bool:
 
 
 def has_ranks(tensor: LazyTensor) -> bool:
-    """Whether the files say which rank stored a piece. zarr's do not."""
-    return not any(_is_zarr(chunk, tensor) for chunk in tensor.chunks[:1])
+    """Whether the files say which rank stored a piece. zarr's do not, nor do files of whole tensors."""
+    return tensor.ranked
 
 
 def _is_dcp(chunk: Chunk) -> bool:
@@ -98,7 +114,7 @@ def _is_zarr(chunk: Chunk, tensor: LazyTensor) -> bool:
 def file_label(file: str) -> str:
     """The file's name, with its directory's where the name alone does not say whose it is (mp_rank_00/model.pt)."""
     path = Path(file)
-    return path.name if _SAYS_WHOSE.search(path.name) else f"{path.parent.name}/{path.name}"
+    return path.name if _SAYS_WHOSE.match(path.name) else f"{path.parent.name}/{path.name}"
 
 
 def sharded_dim(axis: MeshAxis) -> int | None:
@@ -114,12 +130,13 @@ def along(tensor: LazyTensor, axis: MeshAxis) -> str:
         return ""
     by_rank: dict[int, set[int]] = {}
     for chunk in tensor.chunks:
-        by_rank.setdefault(chunk.rank, set()).add(chunk.box.offset[dim])
+        if chunk.box.numel:
+            by_rank.setdefault(chunk.rank, set()).add(chunk.box.offset[dim])
     pieces = len(set().union(*by_rank.values()))
     if pieces <= math.prod(other.size for other in tensor.mesh if sharded_dim(other) == dim):
         return ""
     counts = {len(offsets) for offsets in by_rank.values()}
     text = f"{pieces:,} pieces"
-    if not has_ranks(tensor) or max(counts) == 1:
+    if not has_ranks(tensor) or max(counts, default=1) == 1:
         return text
     return f"{text}, {min(counts)}{f' to {max(counts)}' if len(counts) > 1 else ''} on each rank"

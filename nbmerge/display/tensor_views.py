@@ -41,7 +41,7 @@ def tensor_view(tensor: LazyTensor) -> View:
         section = _chunks_section(tensor)
     else:
         section = _made_of_section(tensor)
-    stored = len(tensor.chunks) or len(_stored(tensor))
+    stored = sum(1 for chunk in tensor.chunks if chunk.box.numel) or len(tensor.chunks) or len(_stored(tensor))
     sentence = (
         f"{words.elide(tensor.name)} is {words.shape_of(tensor.shape)} {tensor.dtype}, "
         f"{words.byte_size(tensor.nbytes)}, in {plural(stored, 'stored piece')}"
@@ -76,7 +76,7 @@ def _box_cells(chunk: Chunk, tensor: LazyTensor) -> tuple[Cell, ...]:
         Cell(str(chunk.box)),
         Cell(words.shape_of(chunk.box.shape)),
         Cell(words.byte_size(nbytes) if chunk.box.numel else "empty"),
-        Cell(words.percent(nbytes, tensor.nbytes), bar=nbytes / (tensor.nbytes or 1)),
+        Cell(words.percent(chunk.box.numel, tensor.numel), bar=chunk.box.numel / (tensor.numel or 1)),
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
@@ -45,6 +45,16 @@ def tree(named: Iterable[tuple[str, T]]) -> list[Branch[T]]:
         # Two tensors of one name (the same layers in two shapes) are two rows; so is a module named as a tensor.
         at._below[f"{last}\0{number}"] = Branch(last, leaf=value, leaves=[value])
     return [row for branch in root._below.values() for row in _settled(branch, 0).rows()]
+
+
+def kept(rows: Sequence[tuple[int, float]], room: int) -> list[int]:
+    """The numbers of the rows that stay where there is room for so many, in order.
+
+    rows: depth and size of each. What is deepest goes first, as the sums above it tell of it; of that the smallest;
+    of equals the last.
+    """
+    goes = sorted(range(len(rows)), key=lambda at: (-rows[at][0], rows[at][1], -at))[: max(len(rows) - room, 0)]
+    return sorted(set(range(len(rows))).difference(goes))
 
 
 def _settled(branch: Branch[T], depth: int) -> Branch[T]:

@@ -19,11 +19,11 @@ RENAMED = "renamed"
 class Subject:
     """Tensors that differ in nothing but the number of a layer or an expert, and what may have caused it.
 
-    name: the first one's, or empty for two shapes alone; got: the shape in the checkpoint, None where it is missing;
-    expected: the shape that the model has, None where it has no such tensor; names: all of them; candidates: the
-    causes that fit, strongest first; lies: for a tensor that fits, how it lies on the ranks; message: for an error
-    that is about no shape, its text; held_as: the names that the checkpoint has for them, one for each of `names`,
-    where it has them under others.
+    name: the one of which causes are told, or empty for two shapes alone; got: the shape in the checkpoint, None where
+    it is missing; expected: the shape that the model has, None where it has no such tensor; names: all of them;
+    candidates: the causes that fit, strongest first; lies: for a tensor that fits, how it lies on the ranks; message:
+    for an error that is about no shape, its text; held_as: the names that the checkpoint has for them, one for each of
+    `names`, where it has them under others.
     """
 
     name: str

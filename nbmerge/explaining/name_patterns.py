@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import cache
 from itertools import islice
 
@@ -63,6 +64,11 @@ def _renamed(
         )
 
 
+def _held(renamed: Candidate) -> str:
+    """The checkpoint's name in what `_renamed` made."""
+    return renamed.evidence[0].partition(" → ")[0]
+
+
 def _unwrapped(name: str) -> str:
     return _WRAPPER.sub("", name)
 
@@ -80,7 +86,15 @@ def wrapper_prefix(asked: Mismatch) -> Iterator[Candidate]:
         lambda held, wanted: f"the checkpoint has it under a training wrapper's prefix: {held}", fix,
     ):  # fmt: skip
         found = True
-        yield candidate
+        yield (
+            candidate
+            if _WRAPPER.search(_held(candidate))
+            else replace(
+                candidate,
+                sentence=f"the model is inside a training wrapper, and the checkpoint has {_held(candidate)}",
+                fix="load it into the module inside the wrapper: model.module, or model._orig_mod of torch.compile",
+            )
+        )
     if not found and asked.expected is None and (prefix := _WRAPPER.search(asked.name)):
         yield Candidate(
             "wrapper prefix",
@@ -101,7 +115,15 @@ def lora_base_layer(asked: Mismatch) -> Iterator[Candidate]:
     ):  # fmt: skip
         if _ADAPTER.search(candidate.evidence[0]):
             found = True
-            yield candidate
+            yield (
+                candidate
+                if _ADAPTER.search(_held(candidate))
+                else replace(
+                    candidate,
+                    sentence=f"peft wraps the model, and the checkpoint's names are without: {_held(candidate)}",
+                    fix="load it into the model before peft wraps it, or into model.get_base_model()",
+                )
+            )
     if asked.expected is None and (_LORA.search(asked.name) or (not found and _ADAPTER.search(asked.name))):
         yield Candidate(
             "LoRA tensor",

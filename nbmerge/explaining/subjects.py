@@ -17,41 +17,51 @@ _FEWEST = 2  # different pairs of shapes before they can confirm one another
 def subjects_of(asked: Sequence[Mismatch], about: str | None = None) -> tuple[Subject, ...]:
     """The subjects of the questions, with what all of them say together.
 
-    about: the name of which causes are to be told, instead of the first one's like it.
+    about: the name of which causes are to be told, in place of the first one's of its like.
     """
-    asked = sorted(asked, key=lambda each: each.name != about)
     name: Callable[[Mismatch], str] = lambda each: each.name  # noqa: E731
     groups = alike(asked, name, lambda each: each.got, lambda each: each.expected)
-    made = [
-        Subject(first.name, first.got, first.expected, candidates(first), tuple(each.name for each in group))
-        for group in groups
-        for first in group[:1]
-    ]
+    made = [_subject(group, about) for group in groups]
     recorded = any(each.known.recorded for each in asked)
-    return in_order(paired(made if recorded else corroborated(made)))
+    return in_order(paired(made if recorded else corroborated(made), about))
 
 
-def paired(subjects: Sequence[Subject]) -> list[Subject]:
+def _subject(group: Sequence[Mismatch], about: str | None) -> Subject:
+    told = next((each for each in group if each.name == about), group[0])
+    return Subject(told.name, told.got, told.expected, candidates(told), tuple(each.name for each in group))
+
+
+def paired(subjects: Sequence[Subject], about: str | None = None) -> list[Subject]:
     """What is missing, and what is too much because it is the same under another name, as one subject.
 
     Only where nothing is in doubt: one strong cause on each side, which names the other, in the same layers.
     """
-    extra = {subject.name: subject for subject in subjects if subject.kind == UNEXPECTED}
+    extra = {name: subject for subject in subjects if subject.kind == UNEXPECTED for name in subject.names}
     joined: dict[str, Subject] = {}
     for subject in subjects:
         other = extra.get(_other_name(subject)) if subject.kind == MISSING else None
-        if other is None or _other_name(other) != subject.name:
-            continue
-        held = {numbers_of(name): name for name in other.names}
-        held_as = [held.pop(numbers_of(name), "") for name in subject.names]
-        if all(held_as) and not held:
-            joined[subject.name] = replace(subject, got=other.got, held_as=tuple(held_as))
-            joined[other.name] = joined[subject.name]
-    return [joined.get(each.name, each) for each in subjects if each.kind != UNEXPECTED or each.name not in joined]
+        if other is not None and (both := _joined(subject, other, about)):
+            joined[subject.names[0]] = joined[other.names[0]] = both
+    left = [each for each in subjects if each.kind != UNEXPECTED or each.names[0] not in joined]
+    return [joined.get(each.names[0], each) if each.names else each for each in left]
+
+
+def _joined(missing: Subject, extra: Subject, about: str | None) -> Subject | None:
+    """Both as one, where the same cause pairs each name of the one with a name of the other; else None."""
+    held = {numbers_of(name): name for name in extra.names}
+    held_as = tuple(held.pop(numbers_of(name), "") for name in missing.names)
+    pairs = dict(zip(held_as, missing.names, strict=True))
+    if held or "" in pairs or pairs.get(_other_name(missing)) != missing.name:
+        return None
+    if pairs[extra.name] != _other_name(extra):
+        return None
+    if about in pairs:  # by the name that the checkpoint has
+        missing = replace(missing, name=pairs[extra.name], candidates=extra.candidates)
+    return replace(missing, got=extra.got, held_as=held_as)
 
 
 def _other_name(subject: Subject) -> str:
-    """What the other side calls the first tensor, where that is beyond doubt; else empty."""
+    """What the other side calls the tensor, where that is beyond doubt; else empty."""
     best = subject.best
     return "" if best is None or subject.is_ambiguous or best.strength < Strength.STRONG else best.other
 

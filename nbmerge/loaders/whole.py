@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -123,9 +123,9 @@ def _readable(read: Mapping[str, _Read | CheckpointError], directory: Path) -> d
 
 
 def whole_tensors(content: Content) -> dict[str, LazyTensor]:
-    """The same as lazy tensors, each of one chunk."""
+    """The same as lazy tensors, each of one chunk, which no file says the rank of."""
     made = {name: paste(name, one.shape, [(0, Box.whole(one.shape), one)], ()) for name, one in content.tensors.items()}
-    return {name: tensor for name, tensor in made.items() if isinstance(tensor, LazyTensor)}
+    return {name: replace(tensor, ranked=False) for name, tensor in made.items() if isinstance(tensor, LazyTensor)}
 
 
 def whole_checkpoint(

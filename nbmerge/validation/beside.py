@@ -155,7 +155,7 @@ def _differing(here: dict[str, Any], there: dict[str, Any], prefix: str = "") ->
         one, other = here.get(key, ...), there.get(key, ...)
         if isinstance(one, dict) and isinstance(other, dict):
             found |= _differing(one, other, f"{prefix}{key}.")
-        elif one != other and repr(one) != repr(other):  # NaN differs from itself
+        elif _differ(one, other):
             if isinstance(one, list) and isinstance(other, list) and _is_long(one, other):
                 found |= _differing(*_first_differing(one, other), f"{prefix}{key}")
             else:
@@ -163,15 +163,21 @@ def _differing(here: dict[str, Any], there: dict[str, Any], prefix: str = "") ->
     return found
 
 
+def _differ(one: object, other: object) -> bool:
+    return one != other and repr(one) != repr(other)  # NaN differs from itself
+
+
 def _is_long(*values: object) -> bool:
     return any(len(repr(value)) > _SHOWN for value in values)
 
 
 def _first_differing(here: list[Any], there: list[Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The first items of two lists that differ, under their place: `[1]`."""
+    """The first items of two lists that differ, under their place: `[1]`; nothing where only NaNs do."""
     pairs = enumerate(zip_longest(here, there, fillvalue=...))
-    place, (one, other) = next((place, pair) for place, pair in pairs if pair[0] != pair[1])
-    return ({f"[{place}]": one}, {f"[{place}]": other})
+    for place, (one, other) in pairs:
+        if _differ(one, other):
+            return {f"[{place}]": one}, {f"[{place}]": other}
+    return {}, {}
 
 
 def _shown(value: object) -> str:
@@ -183,7 +189,7 @@ def _without_incidentals(keys: dict[str, str], here: dict[str, Any], there: dict
     left = {key: said for key, said in keys.items() if key.rsplit(".", 1)[-1] not in _INCIDENTAL}
     one, other = (config.get("architectures") for config in (here, there))
     if isinstance(one, list) and isinstance(other, list) and sorted(map(str, one)) == sorted(map(str, other)):
-        left.pop("architectures", None)
+        left = {key: said for key, said in left.items() if key.partition("[")[0] != "architectures"}
     return left
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +91,7 @@ def zarr() -> Checkpoint:
     held = pieces(
         name, (4, 8, 8), (4, 1, 2), {"pp": 0, "tp": 2}, {n: [0] for n in range(8)}, file=f"/run/{name}/{{at}}"
     )
-    return _checkpoint(held, layout="Megatron zarr", mesh=(PP, TP), world_size=4)
+    return _checkpoint(replace(held, ranked=False), layout="Megatron zarr", mesh=(PP, TP), world_size=4)
 
 
 def _checkpoint(*held: LazyTensor, **changes: Any) -> Checkpoint:

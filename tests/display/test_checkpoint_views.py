@@ -4,15 +4,19 @@ from dataclasses import replace
 
 import pytest
 
+from nbmerge.display.html import render_html
 from nbmerge.display.model import PROBLEM, Section, Table, View
 from nbmerge.display.shards import cut_of
 from nbmerge.display.text import render_text
 from nbmerge.display.views import view_of
+from nbmerge.dtypes import BY_NAME
 from nbmerge.errors import Problem
+from nbmerge.expressions import Cast, Paste
 from nbmerge.geometry import Box
+from nbmerge.layout import Chunk, LazyTensor, MeshAxis
 from nbmerge.loaders import LOADERS
 
-from .objects import COLUMNS, REPLICATE, SHARD, checkpoint, tensor
+from .objects import COLUMNS, REPLICATE, SHARD, checkpoint, stored, tensor
 
 
 def _section(view: View, title: str) -> Section:
@@ -136,6 +140,55 @@ def test_a_tensor_of_many_pieces_is_cut_and_says_so() -> None:
     table = view_of(tensor("w", (512,), {"fsdp": (512, SHARD)})).sections[0].tables[0]
     assert len(table.rows) + table.hidden == 512
     assert table.cut == "… 480 of 512 boxes not shown; all are in .chunks"
+
+
+def test_shares_are_of_elements_whatever_the_stored_dtype() -> None:
+    plain = tensor("w", (4, 6), {"dp": (2, SHARD)})
+    widened = replace(plain, expr=Cast(plain.expr, BY_NAME["float32"]))
+    rows = _rows(_section(view_of(widened), "Shard map").tables[0])
+    assert [row[3] for row in rows] == ["50.0%", "50.0%"]
+
+
+def test_ranks_that_hold_runs_of_rows_are_even_by_their_elements() -> None:
+    def flat(*boxes: tuple[int, Box]) -> LazyTensor:
+        chunks = tuple(Chunk(box, stored(rank, box.shape), rank) for rank, box in boxes)
+        parts = tuple((chunk.box.offset, chunk.stored) for chunk in chunks)
+        return LazyTensor("w", Paste((3, 4), chunks[0].stored.dtype, parts), chunks, (MeshAxis("dp", 2, "Flat"),))
+
+    even = flat((0, Box((0, 0), (1, 4))), (0, Box((1, 0), (1, 2))), (1, Box((1, 2), (1, 2))), (1, Box((2, 0), (1, 4))))
+    assert (cut_of(even).kind, cut_of(even).in_words) == ("even", "into 4 boxes on 2 ranks, as many elements on each")
+    uneven = flat((0, Box((0, 0), (1, 4))), (0, Box((1, 0), (1, 4))), (1, Box((2, 0), (1, 4))))
+    assert cut_of(uneven).in_words == "into 3 boxes on 2 ranks, not as many elements on each"
+
+
+def test_files_that_say_no_rank_show_none() -> None:
+    whole = replace(tensor("w", (4, 6)), ranked=False)
+    (table,) = _section(view_of(whole), "Shard map").tables
+    assert "rank" not in [column.title for column in table.columns]
+    assert "rank 0" not in render_text(view_of(whole))
+
+
+def test_pieces_are_counted_alike_where_some_ranks_hold_nothing() -> None:
+    shown = view_of(tensor("w", (6,), {"fsdp": (4, SHARD), "tp": (2, SHARD)}))
+    filled = sum(1 for row in _rows(_section(shown, "Shard map").tables[0]) if row[2] != "empty")
+    assert shown.sentence.endswith(f"in {filled} stored pieces")
+    assert {fact.label: fact.value for fact in shown.facts}["on tp=2"] == str(SHARD)
+
+
+def test_some_axes_are_no_mesh_of_all_ranks() -> None:
+    held = tensor("w", (4, 6), {"tp": (2, SHARD)})
+    assert "written by 2 ranks on a mesh tp=2" in view_of(checkpoint(held, world_size=2)).sentence
+    assert "written by 4 ranks with tp=2" in view_of(checkpoint(held, world_size=4)).sentence
+
+
+def test_of_a_long_tree_the_deepest_and_smallest_rows_go_first() -> None:
+    parts = [tensor(f"model.layers.0.{'abcdefgh'[n % 8]}{n}.weight", (n + 1, 600)) for n in range(90)]
+    shown = view_of(checkpoint(*parts, tensor("lm_head.weight", (2, 2))))
+    table = _section(shown, "Parameters").tables[0]
+    names = [row[0] for row in _rows(table)]
+    assert table.hidden > 0 and "lm_head.weight" in names and any("89" in name for name in names)
+    assert not any(name.endswith("a0.weight") for name in names)
+    assert len(render_html(shown)) > 27_000
 
 
 def test_a_slice_says_what_it_is_made_of() -> None:

@@ -49,7 +49,7 @@ def test_a_comparison_shows_the_kinds_that_hold_nearly_all_elements() -> None:
     )
     heads = [column.title for column in where.columns]
     assert {"experts", "o_proj", "mlp.shared_experts.gate_proj"} <= set(heads)  # `gate_proj` alone would be two
-    assert len(heads) == 10 and "smaller kinds in the next table" in where.title
+    assert len(heads) == 10 and "smaller kinds not in this table" in where.title
     assert "mlp.experts" in [row[0].text for row in kinds.rows]
     figure = found.plot("heat")
     assert {"mlp.experts", "self_attn.o_proj"} <= {one.get_text() for one in figure.axes[0].get_yticklabels()}

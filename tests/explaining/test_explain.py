@@ -51,9 +51,43 @@ class TestNamesOfAWrapper:
     def test_of_one_tensor_are_its_own(self, model, prefix: str):
         name = f"{prefix}model.layers.1.self_attn.q_proj.weight"
         (subject,) = explain(self.refused(model), name).subjects
-        assert (subject.name, subject.names) == (name, (name,))
-        assert "model.layers.1." in subject.best.sentence
-        assert subject.best.other == (name.removeprefix(prefix) if prefix else f"_orig_mod.{name}")
+        plain = name.removeprefix("_orig_mod.")
+        assert (subject.kind, subject.name, subject.names) == ("renamed", plain, (plain,))
+        assert subject.held_as == (f"_orig_mod.{plain}",)
+        assert subject.best.evidence[0] == f"_orig_mod.{plain} → {plain}"
+
+    @pytest.mark.parametrize("asked", [None, "model.layers.1.mlp.up_proj.weight"])
+    def test_are_told_once_in_whatever_order_they_come(self, model, asked: str | None):
+        error = self.refused(model)
+        head, *parts = str(error).split("\n\t")
+        turned = [", ".join(reversed(part.partition(": ")[2].strip(". ").split(", "))) for part in parts]
+        text = "\n\t".join([head, f"{parts[0].partition(': ')[0]}: {turned[0]}. ", parts[1]])
+        found = explain(text, asked)
+        assert {subject.kind for subject in found.subjects} == {"renamed"}
+        assert sum(len(subject.names) for subject in found.subjects) == (1 if asked else len(model.state_dict()))
+
+    def test_that_the_model_has_and_the_checkpoint_has_not_are_told_of_the_model(self, model):
+        with pytest.raises(RuntimeError) as caught:
+            torch.compile(model).load_state_dict(model.state_dict())
+        explanation = explain(caught.value)
+        assert {subject.kind for subject in explanation.subjects} == {"renamed"}
+        assert explanation.checked == len(model.state_dict())
+        assert_says(explanation.sentence, "the model is inside a training wrapper", "has model.embed_tokens.weight")
+        assert_says(explanation.best.fix, "model._orig_mod")
+
+    def test_of_several_causes_are_a_section_each(self):
+        names = [f"layers.0.{name}.weight" for name in ("self_attn.q_proj", "mlp.gate_proj", "a", "b")]
+        held = ["layers.0.self_attn.qkv_proj.weight", "layers.0.mlp.gate_up_proj.weight", "module.layers.0.a.weight",
+                "_orig_mod.layers.0.b.weight"]  # fmt: skip
+        text = "Error(s) in loading state_dict for X:\n\tMissing key(s) in state_dict: {}. \n\tUnexpected key(s) in " \
+               "state_dict: {}. "  # fmt: skip
+        quoted = [", ".join(f'"{name}"' for name in each) for each in (names, held)]
+        sections = view_of(explain(text.format(*quoted))).sections[1:]
+        assert [(section.title, "query" in section.summary, "gate" in section.summary) for section in sections[:2]] == [
+            ("layers.0.self_attn.q_proj.weight", True, False), ("layers.0.mlp.gate_proj.weight", False, True)
+        ]  # fmt: skip
+        prefixes = {section.title: section.summary.rpartition(": ")[2] for section in sections[2:4]}
+        assert prefixes == {"layers.0.a.weight": held[2], "layers.0.b.weight": held[3]}
 
     def test_are_not_paired_where_one_is_lost(self, model):
         lost = "model.layers.1.mlp.up_proj.weight"

@@ -114,7 +114,7 @@ class TestDenseModels:
         contents = opened(write_verl(tmp_path, rank_states(want, ranks)))
         tensor = contents.tensors["decoder.layers.0.mlp.linear_fc1.weight"]
         assert [chunk.rank for chunk in tensor.chunks] == [0, 1, 0, 1]
-        assert cut_of(tensor).in_words == "into 4 even pieces"
+        assert cut_of(tensor).in_words == "into 4 boxes on 2 ranks, as many elements on each"
         assert tensor.mesh == (MeshAxis("tp", 2, "Shard(0)"),)
         assert contents.tensors["decoder.final_layernorm.weight"].placement == "Replicate×2"
 

@@ -214,6 +214,14 @@ class TestWithoutAReceipt:
         (finding,) = validated(saved, ckpt, "side_files").findings
         assert finding.detail == f"added_tokens[0].content '<|end|>' here, {tokens[0]['content']!r} there"
 
+    def test_of_a_list_with_nan_nothing_after_it_is_missed(self, ckpt: Path, saved: Path):
+        for directory, last in ((saved, 1), (ckpt / "huggingface", 2)):
+            edit_json(directory / "generation_config.json", long=[float("nan"), "x" * 80, last, 3, 4.0])
+        (finding,) = validated(saved, ckpt, "side_files").findings
+        assert finding.detail == "long[2] 1 here, 2 there"
+        edit_json(saved / "generation_config.json", long=[float("nan"), "x" * 80, 2, 3.0, 4])
+        assert validated(saved, ckpt, "side_files").findings == ()
+
     def test_a_config_that_makes_no_model_is_compared_as_it_stands(self, ckpt: Path, saved: Path):
         edit_json(saved / "config.json", architectures=["Nothing"])
         (finding,) = validated(saved, ckpt, "side_files").findings

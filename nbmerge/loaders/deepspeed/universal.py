@@ -42,7 +42,7 @@ def universal_masters(
         if isinstance(stored, Problem):
             problems.append(stored)
         else:
-            masters[name] = LazyTensor(name, stored, (Chunk(Box.whole(stored.shape), stored, 0),))
+            masters[name] = LazyTensor(name, stored, (Chunk(Box.whole(stored.shape), stored, 0),), ranked=False)
     if problems:
         raise index_error(problems, folder)
     return masters

@@ -7,6 +7,7 @@ arrays name a dtype that zarr itself does not know.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,7 @@ def open_zarr(directory: Path, recorded: Recorded) -> Contents:
         if isinstance(made, Problem):
             problems.append(made)
             continue
-        tensors[path.name] = made
+        tensors[path.name] = replace(made, ranked=False)
         files += [SourceFile.of(Path(stored.file), "weights") for _, _, stored in found]
         files.append(SourceFile.of(path / ".zarray", "weights"))
     if problems:
