@@ -64,9 +64,12 @@ def _renamed(
         )
 
 
-def _held(renamed: Candidate) -> str:
-    """The checkpoint's name in what `_renamed` made."""
-    return renamed.evidence[0].partition(" → ")[0]
+def _or_the_models(renamed: Candidate, mark: re.Pattern[str], what: str, fix: str) -> Candidate:
+    """The candidate; where the mark is in the model's name and not in the checkpoint's, with what is true then."""
+    held = renamed.evidence[0].partition(" → ")[0]
+    if mark.search(held):
+        return renamed
+    return replace(renamed, sentence=f"{what}, and the checkpoint has {held}", fix=fix)
 
 
 def _unwrapped(name: str) -> str:
@@ -86,15 +89,10 @@ def wrapper_prefix(asked: Mismatch) -> Iterator[Candidate]:
         lambda held, wanted: f"the checkpoint has it under a training wrapper's prefix: {held}", fix,
     ):  # fmt: skip
         found = True
-        yield (
-            candidate
-            if _WRAPPER.search(_held(candidate))
-            else replace(
-                candidate,
-                sentence=f"the model is inside a training wrapper, and the checkpoint has {_held(candidate)}",
-                fix="load it into the module inside the wrapper: model.module, or model._orig_mod of torch.compile",
-            )
-        )
+        yield _or_the_models(
+            candidate, _WRAPPER, "the model is inside a training wrapper",
+            "load it into the module inside the wrapper: model.module, or model._orig_mod of torch.compile",
+        )  # fmt: skip
     if not found and asked.expected is None and (prefix := _WRAPPER.search(asked.name)):
         yield Candidate(
             "wrapper prefix",
@@ -115,15 +113,10 @@ def lora_base_layer(asked: Mismatch) -> Iterator[Candidate]:
     ):  # fmt: skip
         if _ADAPTER.search(candidate.evidence[0]):
             found = True
-            yield (
-                candidate
-                if _ADAPTER.search(_held(candidate))
-                else replace(
-                    candidate,
-                    sentence=f"peft wraps the model, and the checkpoint's names are without: {_held(candidate)}",
-                    fix="load it into the model before peft wraps it, or into model.get_base_model()",
-                )
-            )
+            yield _or_the_models(
+                candidate, _ADAPTER, "peft wraps the model",
+                "load it into the model before peft wraps it, or into model.get_base_model()",
+            )  # fmt: skip
     if asked.expected is None and (_LORA.search(asked.name) or (not found and _ADAPTER.search(asked.name))):
         yield Candidate(
             "LoRA tensor",
