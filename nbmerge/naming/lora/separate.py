@@ -300,7 +300,8 @@ class _Work:
         ]
         if self.options.lora == "fold":
             replaced = [name for name in self.saved if name in self.parts.model]
-            dropped += [Drop(name, "its module was trained whole, and replaces it") for name in replaced]
+            why = "its original: the module was trained whole, and what was trained is written"
+            dropped += [Drop(name, why) for name in replaced]
         return dropped
 
     def _other_base(self) -> str:
