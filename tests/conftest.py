@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here may reach for the network
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # a test runs on each core: threads that wait for each other spin
+# jsonschema, which nbformat asks, builds 38 parsers of addresses with it when it is imported, and does without it.
+sys.modules.setdefault("rfc3987_syntax", None)  # type: ignore[arg-type]  # what Python takes for: not installed
 # Where transformers keeps copies of a model's own code: not in the home directory, and one for all tests of a process,
 # as the first one that is imported from stays Python's package `transformers_modules`.
 os.environ["HF_MODULES_CACHE"] = str(scratch.new_directory("modules"))
