@@ -51,7 +51,7 @@ class MeshAxis(NamedTuple):
 class LazyTensor(Displayed, Plotted):
     """A tensor of a checkpoint: name, global shape, dtype, and the expression that makes it. Holds no data.
 
-    ranked: whether the files say which rank stored each of its chunks.
+    ranked: whether the files say which rank stored each of its chunks; zarr's do not, nor do files of whole tensors.
     """
 
     name: str

@@ -62,8 +62,8 @@ def _without_a_grid(view: View, fewest: int) -> View | None:
         return None
     part = view.sections[number]
     left = part.grids[:-1]
-    kept = tuple(note for note in part.notes if note != _LEFT_OUT) if left or part.tables else ()
-    return _with_section(view, number, replace(part, grids=left, notes=(*kept, _LEFT_OUT)))
+    notes = tuple(note for note in part.notes if note != _LEFT_OUT) if left or part.tables else ()
+    return _with_section(view, number, replace(part, grids=left, notes=(*notes, _LEFT_OUT)))
 
 
 _LEFT_OUT = "drawings were left out to keep this small"

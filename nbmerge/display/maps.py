@@ -11,7 +11,7 @@ from nbmerge.collapse import even_step
 from nbmerge.display import words
 from nbmerge.display.meshes import axis_label, ordered
 from nbmerge.display.model import Grid, Patch
-from nbmerge.display.shards import has_ranks, holders_of, is_stored_once
+from nbmerge.display.shards import holders_of, is_stored_once
 from nbmerge.geometry import unravel
 from nbmerge.layout import Checkpoint, Chunk, LazyTensor
 
@@ -158,7 +158,7 @@ def _sizes(intervals: Sequence[Interval | None]) -> tuple[float, ...]:
 
 
 def _patch(chunk: Chunk, tensor: LazyTensor) -> Patch:
-    if not has_ranks(tensor):
+    if not tensor.ranked:
         return Patch(words.shape_of(chunk.box.shape), 0)
     return Patch(ranks_in_words(list(holders_of(chunk))), chunk.rank)
 
@@ -172,7 +172,7 @@ def _notes(
     empty = sorted({rank for chunk in tensor.chunks if not chunk.box.numel for rank in holders_of(chunk)})
     if empty:
         notes.append(f"{ranks_in_words(empty)}: empty, nothing of it")
-    if is_stored_once(tensor) and has_ranks(tensor):
+    if is_stored_once(tensor) and tensor.ranked:
         notes.append(WRITER)
     return notes
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from nbmerge.collapse import numbers_in_words
 from nbmerge.display import words
 from nbmerge.display.model import Cell, Column, Section, Table
-from nbmerge.display.shards import file_label, has_ranks, is_stored_once
+from nbmerge.display.shards import file_label, is_stored_once
 from nbmerge.errors import listing, plural
 from nbmerge.geometry import Box
 from nbmerge.layout import Checkpoint, LazyTensor
@@ -69,7 +69,7 @@ def _along(ranks: Sequence[int], boxes: Sequence[Box], dim: int) -> Iterator[tup
 def ranks_section(checkpoint: Checkpoint) -> Iterator[Section]:
     """A row for each rank; nothing where the files do not say who stored what, or where all ranks hold the same."""
     first = next(iter(checkpoint.tensors.values()), None)
-    if checkpoint.names != "megatron" or checkpoint.world_size == 1 or first is None or not has_ranks(first):
+    if checkpoint.names != "megatron" or checkpoint.world_size == 1 or first is None or not first.ranked:
         return
     held: dict[int, _Held] = {}
     for tensor in checkpoint.tensors.values():

@@ -78,8 +78,6 @@ def cut_of(tensor: LazyTensor) -> Cut:
 
 def _is_even(filled: Sequence[Chunk]) -> bool:
     """Whether all ranks hold as many elements."""
-    if len({chunk.box.shape for chunk in filled}) == 1:
-        return len(set(Counter(chunk.rank for chunk in filled).values())) == 1
     sizes: Counter[int] = Counter()
     for chunk in filled:
         sizes[chunk.rank] += chunk.box.numel
@@ -94,11 +92,6 @@ def holders_of(chunk: Chunk) -> Iterable[int]:
 def is_stored_once(tensor: LazyTensor) -> bool:
     """Whether it lies in a checkpoint that keeps one copy of each piece, whoever held it: DCP's or zarr's."""
     return all(_is_dcp(chunk) or _is_zarr(chunk, tensor) for chunk in tensor.chunks[:1]) and bool(tensor.chunks)
-
-
-def has_ranks(tensor: LazyTensor) -> bool:
-    """Whether the files say which rank stored a piece. zarr's do not, nor do files of whole tensors."""
-    return tensor.ranked
 
 
 def _is_dcp(chunk: Chunk) -> bool:
@@ -137,6 +130,6 @@ def along(tensor: LazyTensor, axis: MeshAxis) -> str:
         return ""
     counts = {len(offsets) for offsets in by_rank.values()}
     text = f"{pieces:,} pieces"
-    if not has_ranks(tensor) or max(counts, default=1) == 1:
+    if not tensor.ranked or max(counts) == 1:
         return text
     return f"{text}, {min(counts)}{f' to {max(counts)}' if len(counts) > 1 else ''} on each rank"

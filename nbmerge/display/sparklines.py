@@ -27,7 +27,7 @@ def scientific(value: float) -> str:
         return f"{value:g}"
     digits, _, exponent = f"{value:.2e}".partition("e")
     if -_PLAIN < int(exponent) <= _PLAIN:
-        return f"{float(f'{value:.2e}'):.{max(2 - int(exponent), 0)}f}"
+        return f"{float(f'{digits}e{exponent}'):.{max(2 - int(exponent), 0)}f}"
     return f"{digits}×10{str(int(exponent)).translate(_RAISED)}"
 
 

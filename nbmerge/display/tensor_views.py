@@ -11,7 +11,7 @@ from nbmerge.display import words
 from nbmerge.display.maps import shard_map
 from nbmerge.display.meshes import axis_label
 from nbmerge.display.model import Cell, Column, Fact, Section, Table, View
-from nbmerge.display.shards import along, cut_of, file_label, has_ranks, is_stored_once
+from nbmerge.display.shards import along, cut_of, file_label, is_stored_once
 from nbmerge.display.sparklines import magnitude_line, scientific
 from nbmerge.errors import plural
 from nbmerge.layout import Chunk, LazyTensor
@@ -51,7 +51,7 @@ def tensor_view(tensor: LazyTensor) -> View:
 
 def _chunks_section(tensor: LazyTensor) -> Section:
     """The map from boxes to ranks and files, with the columns that the checkpoint can fill."""
-    ranks, copies = has_ranks(tensor), any(chunk.replicas for chunk in tensor.chunks)
+    ranks, copies = tensor.ranked, any(chunk.replicas for chunk in tensor.chunks)
     columns = [Column("box", code=True), Column("shape"), Column("bytes", number=True), Column("share", number=True)]
     if ranks:
         columns.append(Column("written by rank" if is_stored_once(tensor) else "rank", number=True))

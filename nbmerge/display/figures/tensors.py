@@ -10,7 +10,7 @@ from nbmerge.display import words
 from nbmerge.display.figures.canvas import BAR, HUES, Picture, picture, plain
 from nbmerge.display.figures.histograms import draw_magnitudes
 from nbmerge.display.maps import ranks_in_words
-from nbmerge.display.shards import has_ranks, holders_of
+from nbmerge.display.shards import holders_of
 from nbmerge.geometry import Shape
 from nbmerge.layout import Chunk, LazyTensor
 from nbmerge.tensor_stats import TensorStats
@@ -75,8 +75,8 @@ def _draw_box(
     (top, height), (left, width) = (
         (0, 1) if dim is None else (chunk.box.offset[dim], chunk.box.shape[dim]) for dim in dims
     )
-    hue = HUES[chunk.rank % len(HUES)] if has_ranks(tensor) else BAR
+    hue = HUES[chunk.rank % len(HUES)] if tensor.ranked else BAR
     axes.add_patch(Rectangle((left, top), width, height, facecolor=hue, alpha=0.55, edgecolor=axes.get_facecolor()))
     if labelled:
-        text = ranks_in_words(list(holders_of(chunk))) if has_ranks(tensor) else words.shape_of(chunk.box.shape)
+        text = ranks_in_words(list(holders_of(chunk))) if tensor.ranked else words.shape_of(chunk.box.shape)
         axes.text(left + width / 2, top + height / 2, text, ha="center", va="center", fontsize="small", clip_on=True)
